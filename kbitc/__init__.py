@@ -1,0 +1,109 @@
+"""kbitc: a graph-level k-bit compiler. ONNX in, a verified module with integer kernels out.
+
+The three functions here are the Python form of the command line. Nothing heavy is imported until they are called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnx
+
+    from kbitc.bundle.runtime import Model
+    from kbitc.report import Report
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "compile", "load", "quantize"]
+
+
+def compile(  # noqa: A001 - the name of the command
+    model: str | PathLike[str] | onnx.ModelProto,
+    output: str | PathLike[str],
+    *,
+    bits: int | None = None,
+    scheme: str | None = None,
+    block: int | None = None,
+    activations: str = "dynamic",
+    target: str = "host",
+    shapes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Any = None,
+    min_sqnr: float | None = None,
+    dump_dir: str | PathLike[str] | None = None,
+    force: bool = False,
+    debug_accumulators: bool = False,
+    with_runtime: bool = False,
+) -> Report:
+    """Quantize a model and compile it into a bundle.
+
+    Args:
+        model: path of an ONNX file, or the model in memory.
+        output: folder of the bundle, by custom NAME.kbit.
+        bits: bits of a weight, 1 to 8 (default 4); or give `scheme`. `scheme="float32"` compiles without quantizing.
+        scheme: exact form such as "int4:b32", "uint3:b64:zp", "nf4:b64", "int8:c".
+        block: weights per scale along the reduction axis (default 32).
+        activations: "dynamic" (int8 at run time) or "float".
+        target: host, x86[:avx2|avx512vnni], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
+        shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
+        exclude: node or tensor names, globs, or type:Op, whose weights stay float.
+        calibration: .npz, .npy or folder, or an iterable of feeds {name: array}.
+        min_sqnr: least SQNR in dB against the float model.
+        dump_dir: folder that receives what each stage leaves.
+        force: replace an existing output.
+        debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
+        with_runtime: put the native runner and the runtime libraries into the bundle.
+
+    Returns:
+        The report that is also in the bundle.
+
+    Raises:
+        KbitcError: with the reason in one line; nothing is written then.
+    """
+    from kbitc import driver, options
+
+    chosen = options.from_arguments(
+        bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
+        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
+        debug_accumulators=debug_accumulators, with_runtime=with_runtime,
+    )  # fmt: skip
+    return driver.compile_model(model, output, chosen, calibration)
+
+
+def quantize(
+    model: str | PathLike[str] | onnx.ModelProto,
+    output: str | PathLike[str],
+    *,
+    bits: int | None = None,
+    scheme: str | None = None,
+    block: int | None = None,
+    activations: str = "dynamic",
+    target: str = "host",
+    shapes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    calibration: Any = None,
+    min_sqnr: float | None = None,
+    dump_dir: str | PathLike[str] | None = None,
+    force: bool = False,
+) -> Report:
+    """Quantize a model and write it as an ONNX file that any runtime executes; arguments as for `compile`."""
+    from kbitc import driver, options
+
+    chosen = options.from_arguments(
+        bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
+        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
+    )  # fmt: skip
+    return driver.quantize_model(model, output, chosen, calibration)
+
+
+def load(path: str | PathLike[str], *, threads: int | None = None) -> Model:
+    """Load a bundle: a callable that takes and returns dicts of numpy arrays.
+
+    Raises:
+        BundleError: when the bundle is damaged or belongs to another machine.
+    """
+    from kbitc.bundle.runtime import load as load_bundle
+
+    return load_bundle(path, threads=threads)

@@ -1,0 +1,1 @@
+"""The ONNX graph: what operators mean to kbitc, editing, legality, reference runs."""

@@ -1,0 +1,123 @@
+"""Stage 0: what the user asked for, as types. Text stops here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+
+from kbitc.errors import UsageError
+from kbitc.quant.plan import FLOAT, INT8
+from kbitc.quant.scheme import Granularity, QuantScheme
+
+DEFAULT_BITS = 4
+DEFAULT_BLOCK = 32
+ACTIVATIONS = {"float": FLOAT, "dynamic": INT8}
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Everything that `kbitc compile` and `kbitc quantize` decide by.
+
+    Attributes:
+        scheme: what every weight becomes; None compiles the float model.
+        activation: "int8" (quantized at run time) or "float32".
+        target: text form of the target.
+        shapes: symbolic dimensions bound by the user, as NAME=1x3x224x224 texts.
+        exclude: patterns of weights that stay float.
+        min_sqnr: least signal-to-quantization-noise ratio in dB that is accepted.
+        dump_dir: folder that receives what each stage leaves.
+        force: replace an existing output.
+        debug_accumulators: also output int8 codes and int32 accumulators of every integer contraction.
+        with_runtime: put the native runner and the runtime libraries into the bundle.
+    """
+
+    scheme: QuantScheme | None
+    activation: str = INT8
+    target: str = "host"
+    shapes: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_sqnr: float | None = None
+    dump_dir: Path | None = None
+    force: bool = False
+    debug_accumulators: bool = False
+    with_runtime: bool = False
+
+    @property
+    def scheme_text(self) -> str:
+        """Text form of the scheme, float32 when there is none."""
+        return FLOAT if self.scheme is None else str(self.scheme)
+
+    def text(self) -> str:
+        """The options as JSON."""
+        data = asdict(self)
+        data["scheme"] = None if self.scheme is None else str(self.scheme)
+        return json.dumps(data, indent=1, default=str) + "\n"
+
+
+def from_arguments(
+    *,
+    bits: int | None = None,
+    scheme: str | None = None,
+    block: int | None = None,
+    activations: str = "dynamic",
+    target: str = "host",
+    shapes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    min_sqnr: float | None = None,
+    dump_dir: str | PathLike[str] | None = None,
+    force: bool = False,
+    debug_accumulators: bool = False,
+    with_runtime: bool = False,
+) -> CompileOptions:
+    """Options from the plain values of the command line or the Python call.
+
+    Raises:
+        UsageError: when a value is out of range or two of them contradict.
+    """
+    return CompileOptions(
+        scheme=make_scheme(bits, scheme, block),
+        activation=parse_activations(activations),
+        target=target,
+        shapes=tuple(shapes),
+        exclude=tuple(exclude),
+        min_sqnr=min_sqnr,
+        dump_dir=None if dump_dir is None else Path(dump_dir),
+        force=force,
+        debug_accumulators=debug_accumulators,
+        with_runtime=with_runtime,
+    )
+
+
+def default_scheme() -> QuantScheme:
+    """What `kbitc compile` makes of every weight when nothing is said."""
+    return QuantScheme("int", DEFAULT_BITS, Granularity.BLOCK, DEFAULT_BLOCK)
+
+
+def make_scheme(bits: int | None, scheme: str | None, block: int | None) -> QuantScheme | None:
+    """The weight scheme that --bits, --scheme and --block describe together; None for `--scheme float32`.
+
+    Raises:
+        UsageError: bits outside 1..8, both --bits and --scheme, or a block size that is not one.
+    """
+    if scheme is not None:
+        if bits is not None or block is not None:
+            raise UsageError("--scheme already says bits and block", got=scheme, remedy="drop --bits and --block")
+        return None if scheme == FLOAT else QuantScheme.parse(scheme)
+    wanted = DEFAULT_BITS if bits is None else bits
+    if not 1 <= wanted <= 8:
+        raise UsageError("--bits is a whole number from 1 to 8", got=wanted)
+    return QuantScheme("int", wanted, Granularity.BLOCK, DEFAULT_BLOCK if block is None else block)
+
+
+def parse_activations(text: str) -> str:
+    """The activation type of --activations.
+
+    Raises:
+        UsageError: when it is neither float nor dynamic.
+    """
+    if text not in ACTIVATIONS:
+        raise UsageError("unknown --activations", got=repr(text), remedy="use float or dynamic")
+    return ACTIVATIONS[text]

@@ -1,0 +1,1 @@
+"""Quantization: schemes, data types, quantized tensors and how they are packed."""

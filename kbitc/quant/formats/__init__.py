@@ -1,0 +1,1 @@
+"""One file a data type. Each defines ``make(bits) -> Format``; ``kbitc.catalog`` finds it by file name."""

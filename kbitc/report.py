@@ -1,0 +1,111 @@
+"""The report of a compilation: what became of every weight, how close the result is, what it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kbitc.quant.metrics import sqnr_db
+from kbitc.quant.packing import packed_shape
+from kbitc.quant.plan import PlanEntry
+from kbitc.quant.tensor import QTensor
+
+REPORT_VERSION = 1
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One weight after quantization.
+
+    Attributes:
+        entry: the decision.
+        weights: number of weights.
+        code_bytes: ceil(weights * bits / 8); 0 for a float weight.
+        packed_bytes: the codes in the kernels' layout, tile padding included.
+        bits_per_weight: codes, scales and zero points over the number of weights.
+        sqnr_db: of the weights themselves; None for a float weight.
+    """
+
+    entry: PlanEntry
+    weights: int
+    code_bytes: int
+    packed_bytes: int
+    bits_per_weight: float
+    sqnr_db: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return {
+            **self.entry.as_json(),
+            "weights": self.weights,
+            "code_bytes": self.code_bytes,
+            "packed_bytes": self.packed_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "weight_sqnr_db": None if self.sqnr_db is None else round(self.sqnr_db, 2),
+        }
+
+
+def weight_report(entry: PlanEntry, weight: npt.NDArray[np.float32], tensor: QTensor | None) -> WeightReport:
+    """Count one weight; `weight` is its float form seen as [N, T, C]."""
+    if tensor is None:
+        return WeightReport(entry, weight.size, 0, FLOAT_BYTES * weight.size, 8.0 * FLOAT_BYTES, None)
+    error = weight.astype(np.float64) - tensor.dequantize()
+    quality = sqnr_db(float((weight.astype(np.float64) ** 2).sum()), float((error * error).sum()))
+    packed = int(np.prod(packed_shape(*tensor.shape, tensor.bits)))
+    return WeightReport(entry, weight.size, tensor.code_bytes(), packed, tensor.bits_per_weight(), quality)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a compilation found out; `report.json` of the bundle.
+
+    Attributes:
+        output: where the result lies.
+        target: text form of the target; None for a quantized ONNX file.
+        scheme: text form of the asked scheme, or float32.
+        weights: one entry a weight.
+        accuracy: comparison with the float model (`kbitc.passes.verify`), as plain data.
+        layers: facts of the lowering, one a contraction: rule, declined rules and why.
+        bytes: size of the parts of the result.
+        seconds: wall time of each stage.
+    """
+
+    output: str
+    target: str | None
+    scheme: str
+    weights: tuple[WeightReport, ...]
+    accuracy: Mapping[str, Any]
+    layers: Sequence[Mapping[str, Any]] = ()
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over all weights that were candidates, scales and zero points counted."""
+        count = sum(item.weights for item in self.weights)
+        return sum(item.bits_per_weight * item.weights for item in self.weights) / count if count else 0.0
+
+    def as_json(self, *, timings: bool = True) -> dict[str, Any]:
+        """Plain data for json.dumps; without timings equal compilations give equal data."""
+        quantized = [item for item in self.weights if item.entry.scheme is not None]
+        data = {
+            "version": REPORT_VERSION,
+            "target": self.target,
+            "scheme": self.scheme,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "quantized_weights": len(quantized),
+            "float_weights": len(self.weights) - len(quantized),
+            "bytes": dict(self.bytes),
+            "accuracy": dict(self.accuracy),
+            "weights": [item.as_json() for item in self.weights],
+            "layers": [dict(layer) for layer in self.layers],
+        }
+        if timings:
+            data["output"] = self.output
+            data["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
+        return data

@@ -1,0 +1,1 @@
+"""Stage 5: decides which weight gets which scheme. One file an allocator; `survey.py` finds the candidates."""

@@ -1,0 +1,67 @@
+"""Finds every weight of a graph that could be quantized, and says of the others why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kbitc.graph import ops
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One weight initializer and the nodes that use it.
+
+    Attributes:
+        tensor: initializer name.
+        kind: matmul, conv or embedding: the view that `kbitc.graph.ops` gives the weight.
+        nodes: the nodes that use it as their weight.
+        shape: (N, T, C).
+        group: convolution groups, 1 elsewhere.
+        obstacle: why it cannot be quantized; None when it can.
+    """
+
+    tensor: str
+    kind: str
+    nodes: tuple[ir.Node, ...]
+    shape: tuple[int, int, int]
+    group: int
+    obstacle: str | None
+
+    @property
+    def op_type(self) -> str:
+        """Operator type of the first user that has an activation, else of the first user."""
+        for node in self.nodes:
+            if ops.WEIGHT_USES[node.op_type].activation_input is not None:
+                return node.op_type
+        return self.nodes[0].op_type
+
+
+def survey(model: ir.Model) -> list[Candidate]:
+    """Candidates in graph order, one per weight initializer (tied weights appear once)."""
+    found: dict[str, tuple[str, list[ir.Node]]] = {}
+    obstacles: dict[str, str] = {}
+    for node in model.graph:
+        use = ops.WEIGHT_USES.get(node.op_type)
+        if use is None or node.domain != "":
+            continue
+        weight, kind = ops.weight_source(node)
+        if weight is None or weight.name is None:
+            continue
+        reason = ops.reason_not_quantizable(node)
+        known = found.setdefault(weight.name, (kind, []))
+        known[1].append(node)
+        if reason is None and known[0] != kind:
+            reason = "it is used in two layouts"
+        if reason is not None:
+            obstacles[weight.name] = reason
+    return [_candidate(model, name, kind, nodes, obstacles.get(name)) for name, (kind, nodes) in found.items()]
+
+
+def _candidate(model: ir.Model, name: str, kind: str, nodes: list[ir.Node], obstacle: str | None) -> Candidate:
+    weight = model.graph.initializers[name]
+    shape = tuple(int(dim) for dim in weight.const_value.shape.numpy()) if weight.const_value is not None else ()
+    group = max(ops.conv_group(node) for node in nodes) if kind == "conv" else 1
+    view = ops.view_shape(kind, shape) if obstacle is None else (0, 0, 0)
+    return Candidate(name, kind, tuple(nodes), view, group, obstacle)

@@ -1,0 +1,1 @@
+"""Stage 7: carries the plan out on the graph. Nothing here decides."""

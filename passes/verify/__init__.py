@@ -1,0 +1,1 @@
+"""Stage 8: how close the quantized model, and the compiled module, are to the original."""

@@ -1,0 +1,185 @@
+"""The quantized graph: what it looks like, that runtimes take it, and that it means what the codes say."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from kbitc import driver, options
+from kbitc.graph import ops
+from kbitc.graph.evaluate import evaluate
+from kbitc.graph.quantized import read_activation, read_weight
+from kbitc.graph.text import model_text
+from kbitc.quant.plan import QuantPlan
+from kbitc.quant.tensor import QTensor
+from kbitc.targets.target import parse_target
+
+SCHEMES = [
+    *(f"int{bits}:b32" for bits in range(1, 9)),
+    *(f"uint{bits}:b16:zp" for bits in range(1, 9)),
+    *("nf4:b64", "nf3:c", "int4:c", "int8:t", "uint8:t:zp", "int5:t", "int4:b32:f32", "uint3:c:zp:f32"),
+]
+
+
+def _model(body: str, **weights: np.ndarray) -> ir.Model:
+    """A model from ONNX text; weights become initializers."""
+    text = f'<ir_version: 10, opset_import: ["" : 21]> {body}'
+    proto = onnx.parser.parse_model(text)
+    for name, array in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.checker.check_model(proto, full_check=True)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+    for index, node in enumerate(model.graph):
+        node.name = f"node{index}"
+    return model
+
+
+def _random(*shape: int) -> np.ndarray:
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+MATMUL = "g (float[a, 40] x) => (float[a, 7] y) { y = MatMul(x, w) }"
+CONV = "g (float[1, 20, 6, 6] x) => (float[1, 9, 4, 4] y) { y = Conv(x, w) }"
+DEPTHWISE = "g (float[1, 6, 5, 5] x) => (float[1, 6, 3, 3] y) { y = Conv<group = 6>(x, w) }"
+CONV1D = "g (float[2, 33, 9] x) => (float[2, 5, 7] y) { y = Conv(x, w) }"
+GATHER = "g (int64[b] i) => (float[b, 24] y) { y = Gather(w, i) }"
+CASES = {
+    "matmul": (MATMUL, (40, 7)),
+    "conv": (CONV, (9, 20, 3, 3)),
+    "depthwise": (DEPTHWISE, (6, 1, 3, 3)),
+    "conv1d": (CONV1D, (5, 33, 3)),
+    "gather": (GATHER, (11, 24)),
+}
+
+
+def _quantize(model: ir.Model, scheme: str, activations: str) -> tuple[ir.Model, QuantPlan, dict[str, QTensor]]:
+    chosen = options.from_arguments(scheme=scheme, activations=activations)
+    plan, kinds = driver.make_plan(model, chosen, parse_target("reference"))
+    tensors, _ = driver.solve(model, plan, kinds)
+    return driver.rewrite(model, plan, tensors, kinds), plan, tensors
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_weight_value_is_exactly_what_the_codes_stand_for(case: str, scheme: str) -> None:
+    body, shape = CASES[case]
+    model = _model(body, w=_random(*shape))
+    quantized, _, tensors = _quantize(model, scheme, "float")
+    onnx.checker.check_model(ir.to_proto(quantized), full_check=True)
+    node = next(node for node in quantized.graph if node.op_type in ops.WEIGHT_USES and node.name == "node0")
+    use = ops.WEIGHT_USES[node.op_type]
+    value = node.inputs[use.weight_input]
+    assert value is not None and value.name is not None
+    feeds = {item.name: _feed(item) for item in quantized.graph.inputs if item.name}
+    found = evaluate(quantized, feeds, [value.name])[value.name]
+    expected = ops.from_view(tensors["w"].dequantize(), use.kind, shape)
+    np.testing.assert_array_equal(found, expected)
+
+
+def _feed(value: ir.Value) -> np.ndarray:
+    assert value.shape is not None
+    shape = [dim if isinstance(dim, int) else 3 for dim in value.shape]
+    return np.arange(3) if value.dtype == ir.DataType.INT64 else _random(*shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_reader_gives_back_codes_scales_and_scheme(case: str, scheme: str) -> None:
+    body, shape = CASES[case]
+    quantized, plan, tensors = _quantize(_model(body, w=_random(*shape)), scheme, "float")
+    node = next(node for node in quantized.graph if node.name == "node0")
+    use = ops.WEIGHT_USES[node.op_type]
+    found = read_weight(node.inputs[use.weight_input], use.kind)
+    assert found is not None
+    np.testing.assert_array_equal(found.codes, tensors["w"].codes)
+    np.testing.assert_array_equal(found.dequantize(), tensors["w"].dequantize())
+    assert found.format.levels == tensors["w"].format.levels
+    assert found.scheme.granularity == plan.entries[0].scheme.granularity  # type: ignore[union-attr]
+
+
+def _dynamic_quantize(x: np.ndarray, axis: int, block: int) -> np.ndarray:
+    """The definition, written with loops over blocks."""
+    moved = np.moveaxis(x, axis, -1)
+    result = np.empty_like(moved)
+    for start in range(0, moved.shape[-1], block):
+        part = moved[..., start : start + block]
+        amax = np.maximum(np.abs(part).max(-1, keepdims=True), np.float32(1e-30))
+        codes = np.clip(np.rint(part * (np.float32(127) / amax)), -127, 127)
+        result[..., start : start + block] = codes * (amax / np.float32(127))
+    return np.moveaxis(result, -1, axis)
+
+
+@pytest.mark.parametrize(("case", "axis"), [("matmul", 1), ("conv", 1), ("conv1d", 1)])
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_activations_are_quantized_as_defined(case: str, axis: int, block: int) -> None:
+    body, shape = CASES[case]
+    quantized, _, tensors = _quantize(_model(body, w=_random(*shape)), f"int4:b{block}", "dynamic")
+    onnx.checker.check_model(ir.to_proto(quantized), full_check=True)
+    node = next(node for node in quantized.graph if node.name == "node0")
+    read = read_activation(node.inputs[0])
+    assert read is not None and read[0].name == "x"
+    assert (read[1].axis, read[1].block) == (axis, tensors["w"].block)
+    feeds = {"x": _feed(quantized.graph.inputs[0])}
+    feeds["x"][:, 3] = 0
+    feeds["x"][:, 5] = 1e-38
+    name = node.inputs[0].name  # type: ignore[union-attr]
+    assert name is not None
+    found = evaluate(quantized, feeds, [name])[name]
+    np.testing.assert_array_equal(found, _dynamic_quantize(feeds["x"], axis, tensors["w"].block))
+
+
+def test_depthwise_and_embeddings_keep_float_activations() -> None:
+    for case in ("depthwise", "gather"):
+        body, shape = CASES[case]
+        quantized, plan, _ = _quantize(_model(body, w=_random(*shape)), "int4:b32", "dynamic")
+        assert plan.entries[0].activation == "float32"
+        assert not any(node.op_type == "DynamicQuantize" for node in quantized.graph)
+
+
+def test_one_activation_quantization_serves_all_its_users() -> None:
+    body = "g (float[a, 32] x) => (float[a, 5] y) { p = MatMul(x, w) q = MatMul(x, v) y = Add(p, q) }"
+    quantized, _, _ = _quantize(_model(body, w=_random(32, 5), v=_random(32, 5) * 2), "int4:b32", "dynamic")
+    assert sum(node.op_type == "DynamicQuantize" for node in quantized.graph) == 1
+
+
+def test_a_weight_used_twice_is_dequantized_once() -> None:
+    body = "g (float[a, 7] x) => (float[a, 7] y) { p = MatMul(x, w) y = MatMul(p, w) }"
+    quantized, plan, _ = _quantize(_model(body, w=_random(7, 7)), "int4:b32", "dynamic")
+    assert plan.entries[0].nodes == ("node0", "node1")
+    assert sum(node.op_type == "DequantizeLinear" for node in quantized.graph) == 1
+    assert "w" not in quantized.graph.initializers
+
+
+def test_a_tied_embedding_and_projection_share_their_codes() -> None:
+    body = """g (int64[b] i) => (float[b, 11] y) {
+        e = Gather(w, i)  t = Transpose<perm = [1, 0]>(w)  y = MatMul(e, t) }"""
+    quantized, plan, tensors = _quantize(_model(body, w=_random(11, 24)), "int3:b16", "dynamic")
+    assert len(plan.entries) == 1 and plan.entries[0].activation == "int8"
+    matmul = next(node for node in quantized.graph if node.op_type == "MatMul")
+    found = read_weight(matmul.inputs[1], "matmul")
+    assert found is not None
+    np.testing.assert_array_equal(found.codes, tensors["w"].codes)
+    evaluate(quantized, {"i": np.array([0, 3])})
+
+
+def test_the_float_model_is_not_touched() -> None:
+    model = _model(MATMUL, w=_random(40, 7))
+    before = model_text(model)
+    _quantize(model, "int4:b32", "dynamic")
+    assert model_text(model) == before
+
+
+def test_two_bit_integers_raise_the_opset_and_nothing_else_does() -> None:
+    versions = {}
+    for scheme in ("int2:b32", "int4:b32", "int3:b32"):
+        quantized, _, _ = _quantize(_model(MATMUL, w=_random(40, 7)), scheme, "float")
+        versions[scheme] = quantized.graph.opset_imports[""]
+    assert versions == {"int2:b32": 25, "int4:b32": 21, "int3:b32": 21}
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6, 7])
+def test_odd_widths_take_exactly_their_bits_on_disk(bits: int) -> None:
+    quantized, _, _ = _quantize(_model(MATMUL, w=_random(40, 7)), f"int{bits}:b32", "float")
+    assert quantized.graph.initializers["w.codes"].const_value.nbytes == -(-40 * 7 * bits // 8)  # type: ignore[union-attr]

@@ -166,7 +166,7 @@ def _read_standard(node: ir.Node, kind: str) -> QTensor | None:
     if stored is None or read is None or stored.const_value is None or not ops.is_constant(stored):
         return None
     kind_of = STANDARD_TYPES.get(stored.const_value.dtype)
-    shape = stored.const_value.shape.numpy()
+    shape = tuple(stored.const_value.shape.numpy())
     use = next(use for use in ops.WEIGHT_USES.values() if use.kind == kind)
     if kind_of is None or len(shape) not in use.ranks:
         return None
@@ -183,7 +183,7 @@ def _read_standard(node: ir.Node, kind: str) -> QTensor | None:
         zero_view, _ = _spread_view((raw + (half if signed else 0)).astype(np.float32), node, kind, shape)
         zero_points = None if zero_view is None else zero_view.astype(np.uint8)
     data_type = _format(tuple(range(-half, half)), bits, zero_points is not None)
-    view = ops.view_shape(kind, tuple(shape))
+    view = ops.view_shape(kind, shape)
     scheme = _scheme(data_type, scales.shape, view, block, zero_points is not None, read[1])
     if scheme is None:
         return None

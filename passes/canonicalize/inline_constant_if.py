@@ -1,0 +1,60 @@
+"""Replaces an If whose condition is known by the branch it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kbitc.graph import edit
+from kbitc.graph.edit import all_nodes, constant, is_op, root_graph
+from kbitc.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class InlineConstantIf:
+    """Before: `If(true)` with two graphs. After: the nodes of the branch that is taken, in the If's place.
+
+    Keeps the If when its condition depends on an input.
+    """
+
+    def __call__(self, model: ir.Model) -> PassResult:
+        """Apply the pass."""
+        modified = False
+        for node in all_nodes(model):
+            if not is_op(node, "If") or node.graph is None:
+                continue
+            condition = constant(node.inputs[0])
+            if condition is not None and condition.size == 1:
+                _inline(node, "then_branch" if bool(condition.reshape(-1)[0]) else "else_branch")
+                modified = True
+        return PassResult(model, modified)
+
+
+def _inline(node: ir.Node, branch_name: str) -> None:
+    outer = root_graph(node)
+    branch = node.attributes[branch_name].as_graph()
+    results = list(branch.outputs)
+    for name, value in list(branch.initializers.items()):
+        if value.const_value is not None:
+            new = edit.add_tensor(outer, name, value.const_value)
+            results = [new if result is value else result for result in results]
+            for user, index in tuple(value.uses()):
+                user.replace_input_with(index, new)
+    body = list(branch)
+    branch.outputs.clear()
+    branch.remove(body)
+    taken = edit.used_names(outer)
+    for child in body:
+        child.name = f"{node.name or node.outputs[0].name}.{child.name}"
+        for value in child.outputs:
+            if value.name and value.name in taken:
+                value.name = edit.fresh_name(outer, f"{node.outputs[0].name}.{value.name}")
+            if value.name:
+                taken.add(value.name)
+    outer.insert_before(node, body)
+    for output, result in zip(node.outputs, results, strict=True):
+        if output.shape is not None and result.shape is None:
+            result.shape = output.shape
+        edit.redirect(output, result)
+    edit.remove(node)

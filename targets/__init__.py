@@ -1,0 +1,1 @@
+"""Everything that knows a machine: the only code that imports tvm."""

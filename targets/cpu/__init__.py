@@ -1,0 +1,1 @@
+"""What the CPU targets (x86 and NEON) share."""

@@ -1,0 +1,154 @@
+"""From packed code words to words of four signed levels, the operands of dp4a and mma.
+
+A *code word* is a uint32 whose four bytes are codes; words of two neighbouring steps are treated together, because a
+16-entry table look-up by prmt naturally serves the eight codes of one 32-bit register.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import PLANES, STEPS
+from kbitc.targets.cuda.intrin.prmt import HALF_TABLE, TABLE, prmt, table_words, u32
+from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.isa import stored_bias
+
+Expr = Any
+ONES = 0x01010101
+SIGNS = 0x80808080
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How codes become signed bytes: fed byte = level + bias.
+
+    Attributes:
+        bias: what is fed minus the level.
+        shift: left shift of a code, 1 for levels two apart.
+        flip: whether the top bit is inverted (8-bit codes, which do not fit a signed byte as they are).
+        table: the levels by code when they are not equally spaced, else None.
+    """
+
+    bias: int
+    shift: int = 0
+    flip: bool = False
+    table: tuple[int, ...] | None = None
+
+
+def feed_of(data_type: Format) -> Feed:
+    """The cheapest feed of a format."""
+    levels = data_type.levels
+    step = levels[1] - levels[0]
+    equal = levels == tuple(levels[0] + step * i for i in range(len(levels)))
+    if not equal or step not in (1, 2):
+        return Feed(bias=0, table=levels)
+    if step * (len(levels) - 1) < 128:
+        return Feed(bias=-levels[0], shift=step - 1)
+    return Feed(bias=-levels[0] - 128, flip=True)
+
+
+def zero_shift(data_type: Format) -> int:
+    """Stored zero point minus the zero point as it is fed."""
+    return stored_bias(data_type) - feed_of(data_type).bias
+
+
+def step_pair(data_type: Format, word: Callable[[Expr], Expr], pair: Expr) -> tuple[Expr, Expr]:
+    """Fed words of steps 2 * pair and 2 * pair + 1 of a unit.
+
+    Args:
+        data_type: format of the codes.
+        word: gives the uint32 of vector i (0 .. k-1, int or expression) of the unit for one channel.
+        pair: 0 .. 3, an int or an int32 expression.
+    """
+    bits, feed = data_type.bits, feed_of(data_type)
+    if feed.table is not None and bits == 4:
+        return _look_up_16(feed.table, v.bind(word(pair)))
+    codes = [_codes(bits, word, 2 * pair + e, feed.shift) for e in range(2)]
+    first, second = _fed(feed, bits, codes)
+    return first, second
+
+
+def one_step(data_type: Format, word: Callable[[Expr], Expr], step: Expr) -> Expr:
+    """Fed word of one step, an int or an int32 expression."""
+    feed = feed_of(data_type)
+    codes = _codes(data_type.bits, word, step, feed.shift)
+    return _fed(feed, data_type.bits, [codes, u32(0)])[0]
+
+
+def _codes(bits: int, word: Callable[[Expr], Expr], step: Expr, shift: int) -> Expr:
+    """Four codes of one step, shifted left by `shift`: a bit field of every plane, put together."""
+    codes: Expr = None
+    bit, vector = shift, 0
+    for width in PLANES[bits]:
+        per_vector = STEPS // width
+        plane = _field(word(vector + step // per_vector), width, step % per_vector, bit)
+        codes = plane if codes is None else codes | plane
+        bit, vector = bit + width, vector + width
+    return v.bind(codes)
+
+
+def _field(word: Expr, width: int, position: Expr, target: int) -> Expr:
+    """Move the field at bit width * position of every byte to bit target, the other bits zero."""
+    mask = u32(((1 << width) - 1) * ONES << target)
+    if width == STEPS:
+        return word
+    if not isinstance(position, int):
+        # Bits that cross into the neighbouring byte are masked out: target + width <= 8.
+        shift = tirx.Cast("uint32", position) * u32(width)
+        return ((word >> shift) << u32(target)) & mask if target else (word >> shift) & mask
+    source = width * position
+    if source > target:
+        return (word >> u32(source - target)) & mask
+    return (word << u32(target - source)) & mask if target > source else word & mask
+
+
+def _fed(feed: Feed, bits: int, codes: list[Expr]) -> list[Expr]:
+    """Fed words of two code words."""
+    if feed.table is None:
+        return [word ^ u32(SIGNS) if feed.flip else word for word in codes]
+    if bits <= 4:
+        return list(_look_up_16(feed.table, v.bind(codes[0] | (codes[1] << u32(4)))))
+    return _look_up_tree(feed.table, codes)
+
+
+def _look_up_16(table: tuple[int, ...], nibbles: Expr) -> tuple[Expr, Expr]:
+    """Levels of eight 4-bit codes: the low nibbles of the four bytes, and the high ones.
+
+    prmt takes its selectors from consecutive nibbles, so it looks up (low, high) of two bytes at a time;
+    two more prmt sort the results. Bit 3 of a code chooses between the two halves of the table.
+    """
+    words = [u32(word) for word in table_words(np.array(table, np.int8))]
+    low_bits = v.bind(nibbles & u32(0x77777777))
+    halves = []
+    choice = None
+    if len(table) > HALF_TABLE:
+        choice = v.bind(((nibbles & u32(SIGNS | SIGNS >> 4)) >> u32(1)) | u32(0x32103210))
+    for shift in (0, 16):
+        selector = low_bits >> u32(shift) if shift else low_bits
+        found = prmt(words[0], words[1], selector)
+        if choice is not None:
+            upper = prmt(words[2], words[3], selector)
+            found = prmt(found, upper, choice >> u32(shift) if shift else choice)
+        halves.append(v.bind(found))
+    return v.bind(prmt(halves[0], halves[1], u32(0x6420))), v.bind(prmt(halves[0], halves[1], u32(0x7531)))
+
+
+def _look_up_tree(table: tuple[int, ...], codes: list[Expr]) -> list[Expr]:
+    """Levels of two words of codes with more than 4 bits: look up 16 entries at a time, choose by the high bits."""
+    nibbles = v.bind((codes[0] & u32(0x0F * ONES)) | ((codes[1] & u32(0x0F * ONES)) << u32(4)))
+    found = [_look_up_16(table[i : i + TABLE], nibbles) for i in range(0, len(table), TABLE)]
+    bit = 4
+    while len(found) > 1:
+        masks = [v.bind(((word >> u32(bit)) & u32(ONES)) * u32(0xFF)) for word in codes]
+        found = [
+            tuple(v.bind((high[e] & masks[e]) | (low[e] & ~masks[e])) for e in range(2))
+            for low, high in zip(found[0::2], found[1::2], strict=True)
+        ]
+        bit += 1
+    return list(found[0])

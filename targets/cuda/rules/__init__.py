@@ -1,0 +1,9 @@
+"""Kernel rules and schedule rules of NVIDIA GPUs, in priority order."""
+
+from kbitc.targets.cuda.rules.floats import FloatProduct, GroupedConvolution, QuantizedEmbedding
+from kbitc.targets.cuda.rules.product import IntegerProduct
+from kbitc.targets.cuda.rules.schedule import SCHEDULE_RULES
+
+RULES = [IntegerProduct(), QuantizedEmbedding(), FloatProduct(), GroupedConvolution()]
+
+__all__ = ["RULES", "SCHEDULE_RULES"]

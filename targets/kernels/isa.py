@@ -1,0 +1,233 @@
+"""What a kernel needs to know of a vector instruction set, and the one description that generates all k-bit kernels.
+
+A *vector* of codes holds `lanes` output channels times 4 reduction channels, one byte each (see
+kbitc/quant/packing.py). An instruction set turns such bytes into what its integer dot product reads, and says how
+levels are fed: unsigned (x86) or signed (NEON).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tvm import tirx
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import GROUP, LANES, PLANES, STEPS
+from kbitc.targets.kernels import vector as v
+
+Expr = Any
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How the codes of a format become the bytes that the dot product multiplies.
+
+    fed byte = level + bias, always. Without a table the fed byte is ``(code << shift) ^ flip``.
+
+    Attributes:
+        bias: what is fed minus the level.
+        shift: left shift of a code, 1 for levels two apart.
+        flip: bits inverted, 0x80 to make an unsigned byte signed.
+        table: uint8 [2^k] fed bytes (two's complement) by code, or None when shift and flip are enough.
+    """
+
+    bias: int
+    shift: int = 0
+    flip: int = 0
+    table: tuple[int, ...] | None = None
+
+
+def stored_bias(data_type: Format) -> int:
+    """What is stored as a zero point minus its level: zero points lie in memory as unsigned bytes.
+
+    They are ``grid[zero_point] + stored_bias``, which for a uniform format is the zero point code itself.
+    """
+    return -data_type.levels[0] if data_type.uniform else 128
+
+
+def feed_of(data_type: Format, *, signed: bool) -> Feed:
+    """How the levels of a format become signed or unsigned bytes."""
+    levels = data_type.levels
+    step = levels[1] - levels[0]
+    affine = levels == tuple(levels[0] + step * i for i in range(len(levels)))
+    if affine and step in (1, 2):
+        if not signed or step * (len(levels) - 1) < 128:
+            return Feed(bias=-levels[0], shift=step - 1)
+        return Feed(bias=-levels[0] - 128, flip=0x80)
+    bias = 0 if signed else 128
+    return Feed(bias=bias, table=tuple((level + bias) % 256 for level in levels))
+
+
+class Isa(ABC):
+    """A vector instruction set.
+
+    Attributes:
+        name: for messages and kernel names.
+        lanes: int32 lanes of a register.
+        registers: vector registers.
+        signed: the dot product reads signed levels.
+        rows, tiles: register tile of the matrix product, in rows of activations and 16-channel tiles.
+        vector_tiles: 16-channel tiles of the matrix-vector product, at most.
+    """
+
+    name: str
+    lanes: int
+    registers: int
+    signed: bool
+    rows: int
+    tiles: int
+    vector_tiles: int
+
+    @property
+    def parts(self) -> int:
+        """Registers for the 16 channels of a tile."""
+        return LANES // self.lanes
+
+    def vector_tiles_for(self, bits: int) -> int:
+        """16-channel tiles of the matrix-vector product of k-bit codes."""
+        return self.vector_tiles
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of a register."""
+        return GROUP * self.lanes
+
+    def feed(self, data_type: Format) -> Feed:
+        """How the dot product of this instruction set reads the levels of a format."""
+        return feed_of(data_type, signed=self.signed)
+
+    @abstractmethod
+    def table(self, entries: tuple[int, ...]) -> list[Expr]:
+        """Registers that `look_up` reads: made once for a kernel. 2 to 128 bytes: 8-bit formats are uniform."""
+
+    @abstractmethod
+    def look_up(self, table: list[Expr], codes: Expr) -> Expr:
+        """entries[code] for every byte: uint8 vector of `bytes` lanes in, the same type out; codes are in range."""
+
+    def split(self, levels: Expr) -> tuple[Expr, ...]:
+        """Prepare fed bytes (uint8 vector) for `dot`; done once per vector of codes."""
+        return (levels,)
+
+    @abstractmethod
+    def broadcast(self, word: Expr) -> tuple[Expr, ...]:
+        """Prepare four int8 activations (one int32 scalar) for `dot`; done once per row."""
+
+    @abstractmethod
+    def dot(self, sums: Expr, levels: tuple[Expr, ...], activations: tuple[Expr, ...]) -> Expr:
+        """sums[n] + sum over j of levels[4 n + j] * activations[j]: int32, wraps, never saturates."""
+
+    def widen(self, halves: Expr) -> Expr:
+        """f16 vector of `lanes` to f32."""
+        return v.cast(halves, "float32", self.lanes)
+
+
+def level_bytes(isa: Isa, feed: Feed, table: list[Expr] | None, words: list[Expr], step: int) -> Expr:
+    """The fed bytes of one step of a unit.
+
+    Args:
+        isa: the instruction set.
+        feed: from `isa.feed`.
+        table: from `isa.table` when the feed has one.
+        words: the k code vectors of the unit, in order, as uint32 vectors of `isa.lanes`.
+        step: 0..7.
+
+    Returns:
+        uint8 vector of `isa.bytes` lanes.
+    """
+    bit = vector = 0
+    codes: Expr = None
+    for width in PLANES[len(words)]:
+        per_vector = STEPS // width
+        plane = _field(words[vector + step // per_vector], width, width * (step % per_vector), bit + feed.shift, isa)
+        codes = plane if codes is None else codes | plane
+        bit, vector = bit + width, vector + width
+    if feed.flip:
+        codes = codes ^ v.full(feed.flip * 0x01010101, "uint32", isa.lanes)
+    fed = v.reinterpret(codes, "uint8", isa.bytes)
+    return fed if table is None else isa.look_up(table, v.bind(fed))
+
+
+def _field(word: Expr, width: int, source: int, target: int, isa: Isa) -> Expr:
+    """Move `width` bits of every byte from bit `source` to bit `target`, the other bits zero."""
+    if width == 8 and source == target:
+        return word
+    if source > target:
+        word = tirx.shift_right(word, v.full(source - target, "uint32", isa.lanes))
+    elif target > source:
+        word = tirx.shift_left(word, v.full(target - source, "uint32", isa.lanes))
+    mask = (((1 << width) - 1) << target) & 0xFF
+    return word & v.full(mask * 0x01010101, "uint32", isa.lanes)
+
+
+def select_tree(chunks: list[Expr], codes: Expr, bit: int, lanes: int) -> Expr:
+    """Choose among look-ups of 16 entries each by the high bits of the codes, bit `bit` first."""
+    if len(chunks) == 1:
+        return chunks[0]
+    mask = v.full(1 << bit, "uint8", lanes)
+    chosen = (codes & mask) == mask
+    pairs = [v.bind(tirx.Select(chosen, high, low)) for low, high in zip(chunks[0::2], chunks[1::2], strict=True)]
+    return select_tree(pairs, codes, bit + 1, lanes)
+
+
+class Portable(Isa):
+    """Plain vector TIR, for any machine that LLVM knows; also the meaning of `dot` in four products."""
+
+    name = "portable"
+    lanes = 4
+    registers = 16
+    signed = True
+    rows = 4
+    tiles = 1
+    vector_tiles = 1
+
+    def table(self, entries: tuple[int, ...]) -> list[Expr]:
+        """See `Isa.table`."""
+        return [v.full(fed, "uint8", self.bytes) for fed in entries]
+
+    def look_up(self, table: list[Expr], codes: Expr) -> Expr:
+        """See `Isa.look_up`."""
+        found = table[0]
+        for code, fed in enumerate(table):
+            same = codes == v.full(code, "uint8", self.bytes)
+            found = v.bind(tirx.Select(same, fed, found))
+        return found
+
+    def split(self, levels: Expr) -> tuple[Expr, ...]:
+        """See `Isa.split`."""
+        return (v.reinterpret(levels, "int32", self.lanes),)
+
+    def broadcast(self, word: Expr) -> tuple[Expr, ...]:
+        """See `Isa.broadcast`."""
+        return tuple(v.splat(_signed_byte(word, j, 1), self.lanes) for j in range(GROUP))
+
+    def dot(self, sums: Expr, levels: tuple[Expr, ...], activations: tuple[Expr, ...]) -> Expr:
+        """See `Isa.dot`."""
+        for j in range(GROUP):
+            sums = sums + _signed_byte(levels[0], j, self.lanes) * activations[j]
+        return sums
+
+
+def _signed_byte(word: Expr, j: int, lanes: int) -> Expr:
+    """Byte j of every int32 lane, sign-extended."""
+    up = tirx.shift_left(word, v.full(24 - 8 * j, "int32", lanes))
+    return tirx.shift_right(up, v.full(24, "int32", lanes))
+
+
+def for_dot(dot: str) -> Isa:
+    """The instruction set of a target by its dot instruction (`Target.dot`); "" is the portable one."""
+    # Imported here: the intrinsic folders import this module.
+    from kbitc.targets.neon.intrin.dotprod import Dotprod
+    from kbitc.targets.x86.intrin.avx2 import Avx2
+    from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
+
+    sets: dict[str, type[Isa]] = {"vpdpbusd": Avx512Vnni, "vpmaddwd": Avx2, "sdot": Dotprod, "": Portable}
+    return sets[dot]()
+
+
+def stored_zero_points(zero_points: npt.NDArray[np.uint8], data_type: Format) -> npt.NDArray[np.uint8]:
+    """Zero points as they lie in memory: grid[zero_point] + stored_bias, uint8 of the same shape."""
+    return np.asarray(data_type.grid.astype(np.int16)[zero_points] + stored_bias(data_type), dtype=np.uint8)

@@ -1,0 +1,345 @@
+"""Integer matrix product and convolution: int8 activations quantized at run time by packed k-bit weights.
+
+One generator for every k, grid, block and instruction set. For output row m, channel n, and each (tap t, block b)
+in order:
+
+    acc[m, n] = sum over c in the block of q[row(m, t), c] * (grid[code[n, t, c]] - grid[zero_point])   int32, exact
+    out[m, n] += f32(acc) * (act_scale[row(m, t), b] * weight_scale[n, t, b])                          float32
+
+then the bias is added and the result clamped. row(m, t) is m for a matrix product; for a convolution it is the
+pixel of tap t in an activation padded beforehand (`dynamic_quantize` writes the border), so nothing is skipped.
+Levels are fed with a bias (see `isa.Feed`): acc starts at -bias * sum(q) of the block instead of 0.
+Results do not depend on the number of threads: a row and tile are always summed by one thread in one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
+from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
+from kbitc.targets.lower.contraction import PostFunction
+
+Expr = Any
+Buffer = Any
+# Blocks of up to this many steps are unrolled whole; longer ones loop over their units.
+UNROLLED_STEPS = 16
+
+
+@dataclass(frozen=True)
+class QgemmSpec:
+    """What a kernel computes, apart from the instruction set.
+
+    Attributes:
+        rows: where the rows of the activation lie and how many there are.
+        channels: C of the weight [N, T, C].
+        outputs: N.
+        taps: T.
+        data_type: format of the codes.
+        block: channels per activation and weight scale; C when the weight has one scale a channel or none.
+        scale_per_block: weight scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
+        scale_dtype: "float16" or "float32", of the stored weight scales.
+        zero_point: zero points are stored beside the scales (see `isa.stored_bias`).
+        bias: a float32 [Np] is added.
+        post: clamp after the bias.
+        accumulators: also write the int32 accumulators [M, T * CB, N].
+    """
+
+    rows: MatmulRows | ConvRows
+    channels: int
+    outputs: int
+    taps: int
+    data_type: Format
+    block: int
+    scale_per_block: bool
+    scale_dtype: str
+    zero_point: bool = False
+    bias: bool = False
+    post: PostFunction | None = None
+    accumulators: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """CB, blocks along C within a tap."""
+        return -(-self.channels // self.block)
+
+    @property
+    def padded_channels(self) -> int:
+        """Cp."""
+        return round_up(self.channels, UNIT)
+
+    @property
+    def output_tiles(self) -> int:
+        """Np / 16."""
+        return round_up(self.outputs, LANES) // LANES
+
+
+@dataclass
+class _Arguments:
+    """The kernel's buffers, flattened to rows where several dimensions lead."""
+
+    codes: Buffer
+    act_scales: Buffer
+    sums: Buffer
+    packed: Buffer
+    scales: Buffer
+    zeros: Buffer | None
+    bias: Buffer | None
+    out: Buffer
+    accumulators: Buffer | None
+
+
+@dataclass
+class _Tile:
+    """One register tile: some rows by some 16-channel tiles.
+
+    `base` holds the row number in the activation of each row at tap 0, `out_rows` its row in the output,
+    `first` the first 16-channel tile, `sums` the float accumulators by (row, tile, part).
+    """
+
+    base: list[Expr]
+    out_rows: list[Expr]
+    first: Expr
+    tiles: int
+    sums: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
+
+
+def make_qgemm(spec: QgemmSpec, isa: Isa, name: str) -> Any:
+    """The PrimFunc of a specification.
+
+    Arguments in order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB], sums int32 [*rows, CB],
+    packed uint8 [Np/16, T, Cp/32, k, 64], scales [Np/16, T, CB, 16] or [Np/16, 1, 1, 16],
+    zero points uint8 of that shape (if any), bias f32 [Np] (if any), out f32 [*out rows, N],
+    accumulators int32 [*out rows, T * CB, N] (if asked for).
+    """
+    return v.kernel(name, lambda: _Generator(spec, isa).emit())
+
+
+class _Generator:
+    """Emits the statements of one kernel."""
+
+    def __init__(self, spec: QgemmSpec, isa: Isa) -> None:
+        self.spec = spec
+        self.isa = isa
+        self.feed: Feed = isa.feed(spec.data_type)
+        self.table: list[Expr] | None = None
+        self.zero_shift = stored_bias(spec.data_type) - self.feed.bias
+
+    def emit(self) -> None:
+        """Arguments, then statements."""
+        spec = self.spec
+        dims = v.DimVars()
+        self.rows = spec.rows.with_dims(dims)
+        bind_views = self._arguments(dims)
+        with v.root():
+            self.args = bind_views()
+            row_tasks(
+                self.rows.count,
+                (self.isa.rows, self.isa.tiles),
+                self.isa.vector_tiles_for(spec.data_type.bits),
+                spec.output_tiles,
+                self._tile,
+            )
+
+    def _arguments(self, dims: v.DimVars) -> Callable[[], _Arguments]:
+        """Declare the arguments; what is returned makes the views of them."""
+        spec, rows = self.spec, self.rows
+        bits, tiles = spec.data_type.bits, spec.output_tiles
+        taps, blocks = (spec.taps, spec.blocks) if spec.scale_per_block else (1, 1)
+        activation = (
+            ("codes", spec.padded_channels, "int8"),
+            ("act_scales", spec.blocks, "float32"),
+            ("sums", spec.blocks, "int32"),
+        )
+        given = [v.argument(name, (*rows.source_shape, width), dtype) for name, width, dtype in activation]
+        packed = v.argument("packed", packed_shape(spec.outputs, spec.taps, spec.channels, bits), "uint8")
+        scales = v.argument("scales", (tiles, taps, blocks, LANES), spec.scale_dtype)
+        zeros = v.argument("zeros", (tiles, taps, blocks, LANES), "uint8") if spec.zero_point else None
+        bias = v.argument("bias", (tiles * LANES,), "float32") if spec.bias else None
+        out = v.argument("out", (*rows.out_shape, spec.outputs), "float32")
+        each = (spec.taps * spec.blocks, spec.outputs)
+        raw = v.argument("accumulators", (*rows.out_shape, *each), "int32") if spec.accumulators else None
+
+        def views() -> _Arguments:
+            codes, act_scales, sums = (
+                v.view(buffer, (rows.source_rows, width), dtype)
+                for buffer, (_, width, dtype) in zip(given, activation, strict=True)
+            )
+            results = v.view(out, (rows.count, spec.outputs), "float32")
+            accumulators = None if raw is None else v.view(raw, (rows.count, *each), "int32")
+            return _Arguments(codes, act_scales, sums, packed, scales, zeros, bias, results, accumulators)
+
+        return views
+
+    def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
+        """One register tile from zero to its results in memory."""
+        table = self.feed.table
+        self.table = None if table is None else [v.bind(part) for part in self.isa.table(table)]
+        out_rows = [v.bind(row + r) for r in range(rows)]
+        tile = _Tile([v.bind(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
+        lanes = self.isa.lanes
+        for key in self._keys(tile):
+            tile.sums[key] = v.register(lanes, "float32")
+            v.put(tile.sums[key], v.full(0.0, "float32", lanes), lanes)
+        v.loop(self.spec.taps, lambda tap: self._tap(tile, tap))
+        self._finish(tile)
+
+    def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
+        return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
+
+    def _tap(self, tile: _Tile, tap: Expr) -> None:
+        """All blocks of one tap. Blocks of an odd number of half units alternate in where they start."""
+        spec = self.spec
+        offset = self.rows.tap_offset(tap)
+        source = [v.bind(base + offset) for base in tile.base]
+        body = _Block(self, tile, tap, source)
+        halves, whole = spec.block // (UNIT // 2), spec.channels // spec.block
+        if spec.block >= spec.channels:
+            body.emit(v.i64(0), v.i64(0), spec.channels, lead_half=False)
+        elif halves % 2 == 0:
+            units = halves // 2
+            v.loop(whole, lambda b: body.emit(b, v.bind(b * units), spec.block, lead_half=False))
+        else:
+            v.loop(whole // 2, lambda pair: self._pair(body, pair, halves))
+            if whole % 2:
+                body.emit(v.i64(whole - 1), v.i64((whole - 1) * halves // 2), spec.block, lead_half=False)
+        rest = spec.channels % spec.block
+        if rest and spec.block < spec.channels:
+            body.emit(v.i64(whole), v.i64(whole * halves // 2), rest, lead_half=whole * halves % 2 == 1)
+
+    def _pair(self, body: _Block, pair: Expr, halves: int) -> None:
+        """Two neighbouring blocks, the second of which starts in the middle of a unit."""
+        start = v.bind(pair * halves)
+        body.emit(v.bind(pair * 2), start, self.spec.block, lead_half=False)
+        body.emit(v.bind(pair * 2 + 1), v.bind(start + halves // 2), self.spec.block, lead_half=True)
+
+    def _finish(self, tile: _Tile) -> None:
+        """Bias, clamp, store; the last tile stores only its real channels."""
+        spec, isa = self.spec, self.isa
+        values = {}
+        for r, i, p in self._keys(tile):
+            value = v.get(tile.sums[r, i, p], isa.lanes)
+            if self.args.bias is not None:
+                value = value + v.load(self.args.bias, [(tile.first + i) * LANES + p * isa.lanes], isa.lanes)
+            values[r, i, p] = v.bind(clamp(v.bind(value), spec.post, isa.lanes))
+        for r, i, p in self._keys(tile):
+            store_channels(
+                self.args.out, [tile.out_rows[r]], tile.first + i, p, values[r, i, p], spec.outputs, isa.lanes
+            )
+
+
+class _Block:
+    """Emits the blocks of one tap for one register tile."""
+
+    def __init__(self, generator: _Generator, tile: _Tile, tap: Expr, source: list[Expr]) -> None:
+        self.g = generator
+        self.tile = tile
+        self.tap = tap
+        self.source = source
+
+    def emit(self, block: Expr, unit: Expr, channels: int, *, lead_half: bool) -> None:
+        """One block of `channels` channels that starts at the unit, or in its middle.
+
+        Only steps that hold real channels are computed.
+        """
+        keys = self.g._keys(self.tile)
+        lanes = self.g.isa.lanes
+        acc = {key: self._start(key[0], block) for key in keys}
+        steps = -(-channels // GROUP)
+        offset = STEPS // 2 if lead_half else 0
+        if steps + offset <= UNROLLED_STEPS:
+            for start in range(0, steps + offset, STEPS):
+                acc = self._unit(acc, v.i64(unit) + start // STEPS, max(0, offset - start),
+                                 min(STEPS, steps + offset - start))  # fmt: skip
+        else:
+            held = {key: v.register(lanes, "int32") for key in keys}
+            if lead_half:
+                acc = self._unit(acc, unit, offset, STEPS)
+                unit, steps = v.i64(unit) + 1, steps - offset
+            for key in keys:
+                v.put(held[key], acc[key], lanes)
+
+            def whole(i: Expr) -> None:
+                after = self._unit({key: v.get(held[key], lanes) for key in keys}, v.bind(unit + i), 0, STEPS)
+                for key in keys:
+                    v.put(held[key], after[key], lanes)
+
+            v.loop(steps // STEPS, whole)
+            acc = {key: v.bind(v.get(held[key], lanes)) for key in keys}
+            if steps % STEPS:
+                acc = self._unit(acc, v.i64(unit) + steps // STEPS, 0, steps % STEPS)
+        self._end(acc, block)
+
+    def _start(self, row: int, block: Expr) -> Expr:
+        """-bias * sum(q), or 0 where zero points take its place."""
+        lanes, bias = self.g.isa.lanes, self.g.feed.bias
+        if self.g.spec.zero_point or bias == 0:
+            return v.full(0, "int32", lanes)
+        total = self.g.args.sums[self.source[row], block]
+        return v.bind(v.splat(total * tirx.const(-bias, "int32"), lanes))
+
+    def _unit(self, acc: dict[tuple[int, int, int], Expr], unit: Expr, first: int, end: int) -> Any:
+        """Steps first .. end - 1 of one unit."""
+        g, isa, tile = self.g, self.g.isa, self.tile
+        bits = g.spec.data_type.bits
+        acc = dict(acc)
+        words = {
+            (i, p): [
+                v.bind(v.reinterpret(
+                    v.load(g.args.packed, [tile.first + i, self.tap, unit, k, p * isa.bytes], isa.bytes),
+                    "uint32", isa.lanes))
+                for k in range(bits)
+            ]
+            for i in range(tile.tiles) for p in range(isa.parts)
+        }  # fmt: skip
+        for step in range(first, end):
+            activations = []
+            for source in self.source:
+                four = v.load(g.args.codes, [source, unit * UNIT + GROUP * step], GROUP)
+                activations.append(isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))))
+            for (i, p), vectors in words.items():
+                fed = v.bind(level_bytes(isa, g.feed, g.table, vectors, step))
+                levels = isa.split(fed)
+                for r, activation in enumerate(activations):
+                    acc[r, i, p] = v.bind(isa.dot(acc[r, i, p], levels, activation))
+        return acc
+
+    def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:
+        """Subtract zero points, scale, add to the float sums."""
+        g, isa, tile = self.g, self.g.isa, self.tile
+        lanes = isa.lanes
+        tap, at = (self.tap, block) if g.spec.scale_per_block else (v.i64(0), v.i64(0))
+        scales = {}
+        for i in range(tile.tiles):
+            for p in range(isa.parts):
+                stored = v.load(g.args.scales, [tile.first + i, tap, at, p * lanes], lanes)
+                scales[i, p] = v.bind(isa.widen(stored) if g.spec.scale_dtype == "float16" else stored)
+        for r, source in enumerate(self.source):
+            act_scale = v.bind(v.splat(g.args.act_scales[source, block], lanes))
+            for i in range(tile.tiles):
+                for p in range(isa.parts):
+                    exact = acc[r, i, p]
+                    if g.args.zeros is not None:
+                        exact = v.bind(
+                            exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes)
+                        )
+                    if g.args.accumulators is not None:
+                        row = [tile.out_rows[r], self.tap * g.spec.blocks + block]
+                        store_channels(g.args.accumulators, row, tile.first + i, p, exact, g.spec.outputs, lanes)
+                    held = tile.sums[r, i, p]
+                    scale = act_scale * scales[i, p]
+                    v.put(held, v.get(held, lanes) + v.cast(exact, "float32", lanes) * scale, lanes)
+
+    def _zero_level(self, i: int, p: int, tap: Expr, at: Expr) -> Expr:
+        """The zero point as it is fed: int32 vector."""
+        lanes = self.g.isa.lanes
+        stored = v.load(self.g.args.zeros, [self.tile.first + i, tap, at, p * lanes], lanes)
+        return v.cast(stored, "int32", lanes) - v.full(self.g.zero_shift, "int32", lanes)

@@ -1,0 +1,253 @@
+"""Weight-only matrix product and convolution: float activations by packed k-bit weights.
+
+    out[m, n] = sum over taps t, then channels c, in order, of x[row(m, t), c] * w[n, t, c]         float32
+    w[n, t, c] = f32(grid[code] - grid[zero_point]) * scale[n, t, block of c]
+
+A weight is dequantized in registers to the very float32 that ONNX DequantizeLinear gives (the scale is multiplied
+in before the sum, not after a block), and then used by all rows of the register tile. Each product and sum may be
+one fused multiply-add. Every (m, n) is summed by one thread in one order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
+from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.isa import Isa, feed_of, level_bytes, stored_bias
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
+from kbitc.targets.lower.contraction import PostFunction
+
+Expr = Any
+Buffer = Any
+
+
+@dataclass(frozen=True)
+class WgemmSpec:
+    """What a kernel computes; the fields are those of `QgemmSpec` that remain.
+
+    Attributes:
+        rows: where the rows of the activation lie; a convolution reads an activation with its border in memory.
+        channels, outputs, taps: C, N, T of the weight.
+        data_type: format of the codes.
+        block: channels per weight scale; C when there is one scale a channel.
+        scale_per_block: weight scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
+        scale_dtype: "float16" or "float32".
+        zero_point, bias, post: as in `QgemmSpec`.
+    """
+
+    rows: MatmulRows | ConvRows
+    channels: int
+    outputs: int
+    taps: int
+    data_type: Format
+    block: int
+    scale_per_block: bool
+    scale_dtype: str
+    zero_point: bool = False
+    bias: bool = False
+    post: PostFunction | None = None
+
+    @property
+    def output_tiles(self) -> int:
+        """Np / 16."""
+        return round_up(self.outputs, LANES) // LANES
+
+    @property
+    def scale_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the stored scales."""
+        blocks = -(-self.channels // self.block)
+        return self.output_tiles, *((self.taps, blocks) if self.scale_per_block else (1, 1)), LANES
+
+
+@dataclass
+class WeightArguments:
+    """The buffers of a packed weight."""
+
+    packed: Buffer
+    scales: Buffer
+    zeros: Buffer | None
+    bias: Buffer | None
+
+
+def weight_arguments(spec: WgemmSpec) -> WeightArguments:
+    """Declare the arguments of the weight: packed, scales, zero points (if any), bias f32 [Np] (if any)."""
+    shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
+    packed = v.argument("packed", shape, "uint8")
+    scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)
+    zeros = v.argument("zeros", spec.scale_shape, "uint8") if spec.zero_point else None
+    bias = v.argument("bias", (spec.output_tiles * LANES,), "float32") if spec.bias else None
+    return WeightArguments(packed, scales, zeros, bias)
+
+
+class Decoder:
+    """Turns packed codes into float32 weights, one vector of output channels at a time."""
+
+    def __init__(self, spec: WgemmSpec, isa: Isa, args: WeightArguments) -> None:
+        self.spec = spec
+        self.isa = isa
+        self.args = args
+        self.feed = feed_of(spec.data_type, signed=False)
+        self.table: list[Expr] | None = None
+
+    def prepare(self) -> None:
+        """Load what all look-ups share; once in each scope."""
+        self.table = None if self.feed.table is None else [v.bind(part) for part in self.isa.table(self.feed.table)]
+
+    def scale(self, tile: Expr, tap: Expr, block: Expr, part: int) -> Expr:
+        """Scales of one block, f32 vector."""
+        stored = v.load(self.args.scales, [tile, *self._scale_index(tap, block), part * self.isa.lanes], self.isa.lanes)
+        return v.bind(self.isa.widen(stored) if self.spec.scale_dtype == "float16" else stored)
+
+    def zero(self, tile: Expr, tap: Expr, block: Expr, part: int) -> Expr:
+        """What is subtracted from a fed byte to give the level, int32 vector."""
+        lanes = self.isa.lanes
+        if self.args.zeros is None:
+            return v.full(self.feed.bias, "int32", lanes)
+        stored = v.load(self.args.zeros, [tile, *self._scale_index(tap, block), part * lanes], lanes)
+        shift = stored_bias(self.spec.data_type) - self.feed.bias
+        return v.bind(v.cast(stored, "int32", lanes) - v.full(shift, "int32", lanes))
+
+    def _scale_index(self, tap: Expr, block: Expr) -> tuple[Expr, Expr]:
+        return (tap, block) if self.spec.scale_per_block else (v.i64(0), v.i64(0))
+
+    def words(self, tile: Expr, tap: Expr, unit: Expr, part: int) -> list[Expr]:
+        """The k code vectors of a unit."""
+        isa = self.isa
+        return [
+            v.bind(
+                v.reinterpret(
+                    v.load(self.args.packed, [tile, tap, unit, k, part * isa.bytes], isa.bytes), "uint32", isa.lanes
+                )
+            )
+            for k in range(self.spec.data_type.bits)
+        ]
+
+    def fed(self, words: list[Expr], step: int) -> Expr:
+        """The fed bytes of a step as an int32 vector: byte j of lane n is channel 4 * step + j of output n."""
+        found = v.bind(level_bytes(self.isa, self.feed, self.table, words, step))
+        return v.bind(v.reinterpret(found, "uint32", self.isa.lanes))
+
+    def weight(self, fed: Expr, j: int, zero: Expr, scale: Expr) -> Expr:
+        """The float32 weights of channel j of a step."""
+        lanes = self.isa.lanes
+        if j:
+            fed = tirx.shift_right(fed, v.full(8 * j, "uint32", lanes))
+        if j < GROUP - 1:
+            fed = fed & v.full(0xFF, "uint32", lanes)
+        level = v.reinterpret(fed, "int32", lanes) - zero
+        return v.bind(v.cast(level, "float32", lanes) * scale)
+
+
+@dataclass
+class _Tile:
+    """One register tile: source rows at tap 0, output rows, first 16-channel tile, sums by (row, tile, part)."""
+
+    base: list[Expr]
+    out_rows: list[Expr]
+    first: Expr
+    tiles: int
+    sums: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
+
+
+def make_wgemm(spec: WgemmSpec, isa: Isa, name: str) -> Any:
+    """The PrimFunc: x f32 [*rows, C], the arguments of the weight, out f32 [*out rows, N]."""
+    return v.kernel(name, lambda: _Generator(spec, isa).emit())
+
+
+class _Generator:
+    """Emits the statements of one kernel."""
+
+    def __init__(self, spec: WgemmSpec, isa: Isa) -> None:
+        self.spec = spec
+        self.isa = isa
+
+    def emit(self) -> None:
+        """Arguments, then statements."""
+        spec = self.spec
+        self.rows = spec.rows.with_dims(v.DimVars())
+        x = v.argument("x", (*self.rows.source_shape, spec.channels), "float32")
+        weight = weight_arguments(spec)
+        self.bias = weight.bias
+        out = v.argument("out", (*self.rows.out_shape, spec.outputs), "float32")
+        with v.root():
+            self.x = v.view(x, (self.rows.source_rows, spec.channels), "float32")
+            self.out = v.view(out, (self.rows.count, spec.outputs), "float32")
+            self.decoder = Decoder(spec, self.isa, weight)
+            row_tasks(
+                self.rows.count, (self.isa.rows, self.isa.tiles), self.isa.vector_tiles, spec.output_tiles, self._tile
+            )
+
+    def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
+        """One register tile from zero to its results in memory."""
+        self.decoder.prepare()
+        out_rows = [v.bind(row + r) for r in range(rows)]
+        tile = _Tile([v.bind(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
+        lanes = self.isa.lanes
+        for key in self._keys(tile):
+            tile.sums[key] = v.register(lanes, "float32")
+            v.put(tile.sums[key], v.full(0.0, "float32", lanes), lanes)
+        v.loop(self.spec.taps, lambda tap: self._tap(tile, tap))
+        for r, i, p in self._keys(tile):
+            value = v.get(tile.sums[r, i, p], lanes)
+            start = (tile.first + i) * LANES + p * lanes
+            if self.bias is not None:
+                value = value + v.load(self.bias, [start], lanes)
+            value = v.bind(clamp(v.bind(value), self.spec.post, lanes))
+            store_channels(self.out, [tile.out_rows[r]], tile.first + i, p, value, self.spec.outputs, lanes)
+
+    def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
+        return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
+
+    def _tap(self, tile: _Tile, tap: Expr) -> None:
+        """Half units in order, so that every block is whole half units whatever its size."""
+        half = UNIT // 2
+        offset = self.rows.tap_offset(tap)
+        source = [v.bind(base + offset) for base in tile.base]
+        whole, rest = divmod(self.spec.channels, UNIT)
+        v.loop(whole, lambda unit: self._unit(tile, tap, source, unit, (half, half)))
+        if rest:
+            counts = (min(rest, half), max(0, rest - half))
+            self._unit(tile, tap, source, v.i64(whole), counts)
+
+    def _unit(self, tile: _Tile, tap: Expr, source: list[Expr], unit: Expr, counts: tuple[int, int]) -> None:
+        """One unit, of whose halves `counts` channels are real."""
+        half, block = UNIT // 2, self.spec.block
+        for i in range(tile.tiles):
+            for p in range(self.isa.parts):
+                words = self.decoder.words(tile.first + i, tap, unit, p)
+                for h, count in enumerate(counts):
+                    if not count:
+                        continue
+                    start = unit * UNIT + h * half
+                    at = v.bind(tirx.truncdiv(start, v.i64(block)))
+                    scale = self.decoder.scale(tile.first + i, tap, at, p)
+                    zero = self.decoder.zero(tile.first + i, tap, at, p)
+                    self._half(tile, source, (i, p), words, (h, count, start), (zero, scale))
+
+    def _half(
+        self,
+        tile: _Tile,
+        source: list[Expr],
+        key: tuple[int, int],
+        words: list[Expr],
+        place: tuple[int, int, Expr],
+        block: tuple[Expr, Expr],
+    ) -> None:
+        """Up to 16 channels that share a scale, for one vector of output channels and all rows."""
+        lanes = self.isa.lanes
+        half, count, start = place
+        sums = [v.get(tile.sums[r, *key], lanes) for r in range(len(source))]
+        for c in range(count):
+            if c % GROUP == 0:
+                fed = self.decoder.fed(words, half * (STEPS // 2) + c // GROUP)
+            weight = self.decoder.weight(fed, c % GROUP, *block)
+            for r, row in enumerate(source):
+                sums[r] = v.bind(sums[r] + v.splat(self.x[row, start + c], lanes) * weight)
+        for r, value in enumerate(sums):
+            v.put(tile.sums[r, *key], value, lanes)

@@ -1,0 +1,1 @@
+"""The emitters of the operators, one file a family; `registry` puts their tables together."""

@@ -1,0 +1,1 @@
+"""What targets share about kernel rules and schedule rules."""

@@ -1,0 +1,12 @@
+"""The kernel and schedule rules of x86, in order of preference."""
+
+from __future__ import annotations
+
+from kbitc.targets.cpu.rules import float as float_rules
+from kbitc.targets.cpu.rules import quantized
+from kbitc.targets.cpu.rules.schedule import SCHEDULE_RULES
+from kbitc.targets.reference.contraction import ReferenceContraction
+
+RULES = [*quantized.RULES, *float_rules.RULES, ReferenceContraction()]
+
+__all__ = ["RULES", "SCHEDULE_RULES"]

@@ -1,0 +1,46 @@
+"""x86-64 with AVX2, or with AVX-512 and VNNI. Both integer paths give exact int32 sums: `vpmaddubsw` is never used."""
+
+from __future__ import annotations
+
+from kbitc.targets import machine
+from kbitc.targets.target import Requirement, Target
+
+VARIANTS = ("avx2", "avx512vnni")
+TRIPLE = "x86_64-linux-gnu"
+# What LLVM may use for -mcpu=haswell and -mcpu=cascadelake, with the names of /proc/cpuinfo.
+AVX2 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt")
+AVX512VNNI = (*AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+
+
+def default_features() -> tuple[str, ...]:
+    """Plain ``x86`` is the variant that every x86-64 processor since 2015 runs."""
+    return ("avx2",)
+
+
+def declare(features: tuple[str, ...]) -> Target:
+    """The target of a variant; with several names the widest counts."""
+    wide = "avx512vnni" in features
+    return Target(
+        name="x86:avx512vnni" if wide else "x86:avx2",
+        kind="x86",
+        features=("avx512vnni",) if wide else ("avx2",),
+        machine="x86_64",
+        triple=TRIPLE,
+        device="cpu",
+        cpu_features=AVX512VNNI if wide else AVX2,
+        # Explicit mcpu: "native" would make the library depend on the machine that built it.
+        tvm_fields=(("kind", "llvm"), ("mtriple", TRIPLE), ("mcpu", "cascadelake" if wide else "haswell")),
+        vector_bytes=64 if wide else 32,
+        lanes=16 if wide else 8,
+        dot="vpdpbusd" if wide else "vpmaddwd",
+        registers=32 if wide else 16,
+    )
+
+
+def requirements(target: Target) -> list[Requirement]:
+    """A C++ compiler that links for x86-64."""
+    native = machine.architecture() == "x86_64"
+    names = ("g++", "c++", "clang++") if native else ("x86_64-linux-gnu-g++",)
+    package = "g++" if native else "g++-x86-64-linux-gnu"
+    present = machine.tool(*names) is not None or machine.has_module("ziglang")
+    return [Requirement(f"{names[0]} (or zig)", present, f"apt-get install {package}, or pip install ziglang")]

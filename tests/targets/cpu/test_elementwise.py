@@ -1,0 +1,182 @@
+"""Groups without reduction against numpy: copies exactly, arithmetic to the last bit of one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from tvm import te, tirx
+
+from kbitc.targets.cpu.rules.access import pieces
+from kbitc.targets.cpu.rules.stages import Axis
+from kbitc.targets.kernels import mathfn
+from tests.support.groups import HERE, NEON, Scheduled
+
+AXIS = tirx.Var("j", "int64")
+SHAPES = [(1, 1), (3, 7), (5, 16), (2, 17), (4, 40), (33, 50), (1, 8192), (70, 513)]
+
+
+def numbers(*shape: int) -> Any:
+    return np.random.default_rng(5).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(params=HERE, ids=str)
+def target(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+def symbols(*names: str) -> list[Any]:
+    return [tirx.Var(name, "int64") for name in names]
+
+
+def test_broadcast_of_symbolic_shapes(target: Any) -> None:
+    n, m = symbols("n", "m")
+    a, b = te.placeholder((n, m), "float32"), te.placeholder((m,), "float32")
+    add = Scheduled([a, b], te.compute((n, m), lambda i, j: a(i, j) + b(j)), target)
+    assert add.rule == "elementwise"
+    for shape in SHAPES:
+        x, y = numbers(*shape), numbers(shape[1])
+        assert np.array_equal(add([x, y], (shape, "float32")), x + y), shape
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_static_length_is_written_once_and_whole(target: Any, shape: tuple[int, int]) -> None:
+    a = te.placeholder(shape, "float32")
+    x = numbers(*shape)
+    double = Scheduled([a], te.compute(shape, lambda i, j: a(i, j) + a(i, j)), target)
+    assert np.array_equal(double([x], (shape, "float32")), x + x)
+
+
+def test_joined_axes_of_symbolic_length(target: Any) -> None:
+    (n,) = symbols("n")
+    a = te.placeholder((n, 128, 3), "float32")
+    group = Scheduled([a], te.compute((n, 128, 3), lambda i, j, k: -a(i, j, k)), target)
+    for count in (1, 2, 41, 100):
+        x = numbers(count, 128, 3)
+        assert np.array_equal(group([x], (x.shape, "float32")), -x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((2, 9, 11, 64), (0, 3, 1, 2)),
+        ((2, 64, 9, 11), (0, 2, 3, 1)),
+        ((3, 12, 33, 32), (0, 2, 1, 3)),
+        ((3, 5, 17, 33), (0, 1, 3, 2)),
+        ((48, 32), (1, 0)),
+        ((1, 40), (1, 0)),
+        ((7, 5, 3), (2, 1, 0)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_transpose(target: Any, shape: tuple[int, ...], order: tuple[int, ...], dtype: str) -> None:
+    x = (numbers(*shape) * 1000).astype(dtype)
+    a = te.placeholder(shape, dtype)
+    out = tuple(shape[axis] for axis in order)
+    back = [order.index(axis) for axis in range(len(order))]
+    group = Scheduled([a], te.compute(out, lambda *i: a(*[i[axis] for axis in back])), target)
+    assert np.array_equal(group([x], (out, dtype)), x.transpose(order))
+
+
+def test_transpose_of_symbolic_shape(target: Any) -> None:
+    b, n = symbols("b", "n")
+    a = te.placeholder((b, 4, n, 32), "float32")
+    group = Scheduled([a], te.compute((b, 4, 32, n), lambda i, j, k, m: a(i, j, m, k)), target)
+    for size in ((1, 1), (2, 16), (3, 50)):
+        x = numbers(size[0], 4, size[1], 32)
+        assert np.array_equal(group([x], ((size[0], 4, 32, size[1]), "float32")), x.transpose(0, 1, 3, 2))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_padding_reads_nothing_outside(target: Any, axis: int) -> None:
+    n, m = symbols("n", "m")
+    a = te.placeholder((n, m), "float32")
+    shape = (n + 5, m) if axis == 0 else (n, m + 5)
+
+    def element(i: Any, j: Any) -> Any:
+        place = [i, j]
+        place[axis] = place[axis] - 2
+        inside = tirx.all(place[axis] >= 0, place[axis] < (n, m)[axis])
+        # exp makes names that must not be computed for what is outside.
+        return tirx.if_then_else(inside, mathfn.exp(a(*place)), tirx.const(0, "float32"))
+
+    group = Scheduled([a], te.compute(shape, element), target)
+    for size in ((3, 7), (20, 33)):
+        x = numbers(*size)
+        pads = [(0, 0), (0, 0)]
+        pads[axis] = (2, 3)
+        out = (size[0] + 5, size[1]) if axis == 0 else (size[0], size[1] + 5)
+        got = group([x], (out, "float32"))
+        assert np.all(np.abs(got - np.pad(np.exp(x.astype(np.float64)), pads)) <= 2**-22 * np.abs(got))
+
+
+def test_joined_tensors_are_cut_at_the_seams(target: Any) -> None:
+    (n,) = symbols("n")
+    a, b = te.placeholder((n, 40), "float32"), te.placeholder((n, 24), "float32")
+
+    def element(i: Any, j: Any) -> Any:
+        return tirx.if_then_else(
+            j < 40, a(i, j), tirx.if_then_else(j - 40 < 24, b(i, j - 40), tirx.const(1, "float32"))
+        )
+
+    group = Scheduled([a, b], te.compute((n, 70), element), target)
+    x, y = numbers(5, 40), numbers(5, 24)
+    want = np.concatenate([x, y, np.ones((5, 6), np.float32)], axis=1)
+    assert np.array_equal(group([x, y], ((5, 70), "float32")), want)
+    cuts = pieces(tirx.if_then_else(AXIS < 4, AXIS, AXIS - 4), Axis(AXIS, tirx.const(12, "int64")))
+    assert cuts is not None and [(begin, end) for begin, end, _ in cuts] == [(0, 4), (4, 12)]
+    assert cuts[0][2].same_as(AXIS)
+    kept = pieces(tirx.if_then_else(tirx.floormod(AXIS, 3) < 1, AXIS, AXIS - 4), Axis(AXIS, tirx.const(12, "int64")))
+    assert kept is None
+
+
+def test_rows_of_a_table(target: Any) -> None:
+    (n,) = symbols("n")
+    table, places = te.placeholder((100, 50), "float32"), te.placeholder((n,), "int64")
+    group = Scheduled([table, places], te.compute((n, 50), lambda i, j: table(places(i), j)), target)
+    x, where = numbers(100, 50), np.array([99, 0, 0, 17], np.int64)
+    assert np.array_equal(group([x, where], ((4, 50), "float32")), x[where])
+
+
+def test_comparisons_casts_and_selection(target: Any) -> None:
+    (n,) = symbols("n")
+    x, flags = numbers(33, 50) * 10, numbers(33, 50) > 0
+    a, f = te.placeholder((n, 50), "float32"), te.placeholder((n, 50), "bool")
+    greater = Scheduled([a], te.compute((n, 50), lambda i, j: a(i, j) > tirx.const(0.5, "float32")), target)
+    assert np.array_equal(greater([x], (x.shape, "bool")), x > 0.5)
+    cast = Scheduled([a], te.compute((n, 50), lambda i, j: tirx.Cast("int64", a(i, j))), target)
+    assert np.array_equal(cast([x], (x.shape, "int64")), x.astype(np.int64))
+    chosen = te.compute((n, 50), lambda i, j: tirx.Select(f(i, j), a(i, j), tirx.const(0, "float32")))
+    assert np.array_equal(Scheduled([a, f], chosen, target)([x, flags], (x.shape, "float32")), np.where(flags, x, 0))
+
+
+def test_a_chain_of_functions_compiles_and_is_right(target: Any) -> None:
+    """Without `lower_lets` the time to compile is exponential in the length of such a chain."""
+    a = te.placeholder((100,), "float32")
+    x = numbers(100)
+
+    def chain(v: Any) -> Any:
+        return mathfn.gelu(mathfn.tanh(mathfn.exp(mathfn.tanh(v)) - tirx.const(1.0, "float32")) * v)
+
+    group = Scheduled([a], te.compute((100,), lambda i: chain(a(i))), target)
+    from math import erf
+
+    wide = x.astype(np.float64)
+    inner = np.tanh(np.exp(np.tanh(wide)) - 1) * wide
+    want = inner * 0.5 * (1 + np.vectorize(erf)(inner * np.sqrt(0.5)))
+    # Each function is right to 4 ulp and its derivative is below e at these arguments.
+    assert np.all(np.abs(group([x], ((100,), "float32")) - want) <= 40 * 2**-24 * (np.abs(want) + 1))
+
+
+def test_code_is_vectors_of_the_target() -> None:
+    a = te.placeholder((64, 48), "float32")
+    out = te.compute((64, 48), lambda i, j: mathfn.gelu(a(i, j)))
+    registers = {"x86:avx2": "ymm", "x86:avx512vnni": "zmm"}
+    for target in HERE:
+        text = Scheduled([a], out, target).assembly()
+        assert registers[target.name] in text and "vfmadd" in text and "expf" not in text
+    neon = Scheduled([a], out, NEON).assembly()
+    assert "fmla\tv" in neon and "\texpf" not in neon and "\terff" not in neon
+    turned = Scheduled([a], te.compute((48, 64), lambda i, j: a(j, i)), NEON).assembly()
+    assert "zip1\tv" in turned

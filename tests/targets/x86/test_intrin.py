@@ -1,0 +1,82 @@
+"""Each x86 instruction equals its numpy meaning, on random operands and at the ends of their ranges."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kbitc.targets.target import host_runs, parse_target
+from kbitc.targets.x86.intrin import vpdpbusd, vpmaddwd, vpshufb
+from kbitc.targets.x86.intrin.avx2 import Avx2
+from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
+from tests.support import instructions
+from tests.support.instructions import Instruction
+
+RANDOM = np.random.default_rng(3)
+
+
+def _random(dtype: Any, size: int) -> Any:
+    limits = np.iinfo(dtype)
+    return RANDOM.integers(limits.min, limits.max + 1, size).astype(dtype)
+
+
+def _vpdpbusd(name: str, sums: Any, unsigned: Any, signed: Any) -> Instruction:
+    return Instruction(name, (sums, unsigned, signed), vpdpbusd.emit, vpdpbusd.meaning(sums, unsigned, signed))
+
+
+def _vpmaddwd(name: str, left: Any, right: Any) -> Instruction:
+    return Instruction(name, (left, right), vpmaddwd.emit, vpmaddwd.meaning(left, right))
+
+
+def _vpshufb(width: int) -> Instruction:
+    table, indices = _random(np.uint8, width), _random(np.uint8, width)
+    return Instruction(
+        f"vpshufb{width}", (table, indices), partial(vpshufb.emit, width=width), vpshufb.meaning(table, indices)
+    )
+
+
+def _look_up(isa: Avx2 | Avx512Vnni, entries: int) -> Instruction:
+    table = _random(np.uint8, entries)
+    codes = RANDOM.integers(0, entries, isa.bytes).astype(np.uint8)
+    held = tuple(int(x) for x in table)
+    return Instruction(
+        f"look_up{entries}_{isa.name}", (codes,), lambda c: isa.look_up(isa.table(held), c), table[codes]
+    )
+
+
+WIDE = (
+    _vpdpbusd("random", _random(np.int32, 16), _random(np.uint8, 64), _random(np.int8, 64)),
+    # 4 * 255 * 127 does not fit 16 bits: an instruction that saturates on the way would show.
+    _vpdpbusd("highest", np.zeros(16, np.int32), np.full(64, 255, np.uint8), np.full(64, 127, np.int8)),
+    _vpdpbusd("lowest", np.zeros(16, np.int32), np.full(64, 255, np.uint8), np.full(64, -128, np.int8)),
+    _vpdpbusd("wraps", np.full(16, 2**31 - 1, np.int32), np.full(64, 255, np.uint8), np.full(64, 127, np.int8)),
+    _vpshufb(64),
+    *(_look_up(Avx512Vnni(), entries) for entries in (2, 16, 32, 64, 128)),
+)
+NARROW = (
+    _vpmaddwd("random", _random(np.int16, 16), _random(np.int16, 16)),
+    _vpmaddwd("levels", np.full(16, 255, np.int16), np.full(16, -128, np.int16)),
+    _vpshufb(32),
+    *(_look_up(Avx2(), entries) for entries in (2, 16, 32, 64, 128)),
+)
+
+
+@cache
+def results(target_name: str) -> dict[str, Any]:
+    target = parse_target(target_name)
+    if reason := host_runs(target):
+        pytest.skip(reason)
+    return instructions.run(WIDE if target_name == "x86:avx512vnni" else NARROW, target)
+
+
+@pytest.mark.parametrize("instruction", WIDE, ids=lambda i: i.name)
+def test_avx512_instruction(instruction: Instruction) -> None:
+    np.testing.assert_array_equal(results("x86:avx512vnni")[instruction.name], instruction.wanted)
+
+
+@pytest.mark.parametrize("instruction", NARROW, ids=lambda i: i.name)
+def test_avx2_instruction(instruction: Instruction) -> None:
+    np.testing.assert_array_equal(results("x86:avx2")[instruction.name], instruction.wanted)

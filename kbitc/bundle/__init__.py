@@ -1,0 +1,1 @@
+"""Bundles: the folder that kbitc compiles a model to."""

@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "compile", "load", "quantize"]
 
 
-def compile(  # noqa: A001 - the name of the command
+def compile(
     model: str | PathLike[str] | onnx.ModelProto,
     output: str | PathLike[str],
     *,

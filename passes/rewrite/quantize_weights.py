@@ -87,15 +87,17 @@ class _Builder:
         self.graph.register_initializer(value)
         return value
 
-    def node(self, op_type: str, inputs: list[ir.Value | None], suffix: str, domain: str = "", **attrs: object) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=dict(attrs), domain=domain, name=f"{self.name}.{suffix}")  # type: ignore[arg-type]
+    def node(
+        self, op_type: str, inputs: list[ir.Value | None], suffix: str, domain: str = "", **attrs: int | list[int]
+    ) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attrs, domain=domain, name=f"{self.name}.{suffix}")
         output = node.outputs[0]
         output.name = f"{self.name}.{suffix}"
         if self.position is not None:
             self.graph.insert_before(self.position, node)
         return output
 
-    def scales(self, tensor: QTensor, array: npt.NDArray[np.float32]) -> ir.Value:
+    def scales(self, tensor: QTensor, array: npt.NDArray[np.generic]) -> ir.Value:
         if tensor.scheme.scale_type is ScaleType.F32:
             return self.constant("scales", array)
         stored = self.constant("scales", array.astype(np.float16))
@@ -118,12 +120,14 @@ class _Builder:
             zeros = _onnx_scales(tensor.zero_points, tensor, kind, shape)
             inputs.append(self.constant("zero_points", zeros.astype(dtype)))
         use = next(use for use in ops.WEIGHT_USES.values() if use.kind == kind)
-        attrs: dict[str, int] = {}
         if tensor.scheme.granularity is Granularity.BLOCK:
-            attrs = {"axis": use.reduction_axis, "block_size": tensor.scheme.block}
+            block, axis = tensor.scheme.block, use.reduction_axis
+            value = self.node("DequantizeLinear", inputs, "dequantized", axis=axis, block_size=block)
         elif tensor.scheme.granularity is Granularity.CHANNEL:
-            attrs = {"axis": use.channel_axis}
-        self.replace(weight, self.node("DequantizeLinear", inputs, "dequantized", **attrs))
+            value = self.node("DequantizeLinear", inputs, "dequantized", axis=use.channel_axis)
+        else:
+            value = self.node("DequantizeLinear", inputs, "dequantized")
+        self.replace(weight, value)
 
     def function(self, weight: ir.Value, tensor: QTensor, kind: str) -> None:
         """kbitc::DequantizeKBit on a dense bit stream, then the ONNX layout of the weight."""

@@ -59,7 +59,8 @@ def _shape3(weight: FloatArray) -> tuple[int, int, int]:
 
 
 def _symmetric_scale(low: FloatArray, high: FloatArray, data_type: Format) -> FloatArray:
-    return np.maximum(low / np.float32(data_type.levels[0]), high / np.float32(data_type.levels[-1]))
+    below, above = low / np.float32(data_type.levels[0]), high / np.float32(data_type.levels[-1])
+    return np.asarray(np.maximum(below, above), np.float32)
 
 
 def _block_ranges(weight: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -1,0 +1,209 @@
+"""The command line. Parses, calls one function of `kbitc.commands` or `kbitc.driver`, prints; decides nothing else.
+
+Only click is imported here, so that `--help` answers at once; every command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kbitc import __version__
+from kbitc.errors import KbitcError, ResourceError, UsageError
+
+JSON_HELP = "Print one JSON object on standard output and nothing else there."
+INTERRUPTED = 130
+
+
+def _json(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help=JSON_HELP)(command)
+
+
+def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that compile and quantize share, in the order of the help page."""
+    options = [
+        click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Where the result goes."),
+        click.option("--bits", type=int, help="Bits of a weight, 1 to 8.  [default: 4]"),
+        click.option("--scheme", help="Exact scheme: int4:b32, uint3:b64:zp, nf4:b64, int8:c; float32 for none."),
+        click.option("--block", type=int, help="Weights per scale along the reduction axis.  [default: 32]"),
+        click.option(
+            "--activations", default="dynamic", show_default=True, help="float, or dynamic (int8 at run time)."
+        ),
+        click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
+        click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
+        click.option(
+            "--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."
+        ),
+        click.option(
+            "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."
+        ),
+        click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off."),
+        click.option("--dump-dir", type=click.Path(path_type=Path), help="Folder for what each stage leaves."),
+        click.option("--force", is_flag=True, help="Replace an existing output."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kbitc")
+def cli() -> None:
+    """Compile a trained ONNX model to k-bit weights and integer kernels."""
+
+
+@cli.command("compile", short_help="Quantize a model and compile it into a bundle.")
+@click.argument("model", type=click.Path(path_type=Path))
+@_quantization
+@click.option("--with-runtime", is_flag=True, help="Put the native runner and its libraries into the bundle.")
+@click.option("--debug-accumulators", is_flag=True, help="Also output int8 codes and int32 accumulators.")
+@_json
+def compile_command(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:
+    """Quantize MODEL and compile it into the bundle folder OUTPUT (by custom NAME.kbit)."""
+    _produce(model, output, as_json, calibration, arguments, bundle=True)
+
+
+@cli.command(short_help="Quantize a model and write it as ONNX.")
+@click.argument("model", type=click.Path(path_type=Path))
+@_quantization
+@_json
+def quantize(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:
+    """Quantize MODEL and write an ONNX file that any runtime executes."""
+    _produce(model, output, as_json, calibration, arguments, bundle=False)
+
+
+def _produce(
+    model: Path, output: Path, as_json: bool, calibration: Path | None, arguments: dict[str, Any], *, bundle: bool
+) -> None:
+    from kbitc import driver, options
+    from kbitc.commands import show
+
+    chosen = options.from_arguments(**arguments)
+    work = driver.compile_model if bundle else driver.quantize_model
+    with show.progress(quiet=as_json) as on_stage:
+        trace = driver.Trace(chosen.dump_dir, on_stage)
+        report = work(model, output, chosen, calibration, trace)
+    show.emit(report.as_json(), as_json, lambda: show.report(report))
+
+
+@cli.command(short_help="Run a bundle on inputs from a file.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--input", "inputs", required=True, type=click.Path(path_type=Path), help=".npz or .npy of inputs.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
+@click.option("--threads", type=int, help="Threads of one run.  [default: all cores]")
+@_json
+def run(bundle: Path, inputs: Path, output: Path | None, threads: int | None, as_json: bool) -> None:
+    """Run BUNDLE once and print what came out."""
+    from kbitc.commands import run as command
+    from kbitc.commands import show
+
+    result = command.run_bundle(bundle, inputs, output, threads)
+    show.emit(result, as_json, lambda: show.run(result))
+
+
+@cli.command(short_help="Time a bundle against its float build and onnxruntime.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", type=click.Path(path_type=Path), help="The model the bundle was made from.")
+@click.option("--input", "inputs", type=click.Path(path_type=Path), help="Inputs to time with (else made up).")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Shape of made-up inputs.")
+@click.option("--threads", type=int, default=1, show_default=True, help="Threads of every engine.")
+@click.option("--rounds", type=int, default=20, show_default=True, help="Interleaved rounds.")
+@_json
+def bench(
+    bundle: Path,
+    against: Path | None,
+    inputs: Path | None,
+    shapes: tuple[str, ...],
+    threads: int,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Interleaved rounds of BUNDLE, the float build for the same target, and onnxruntime fp32."""
+    from kbitc.commands import bench as command
+    from kbitc.commands import show
+
+    with show.progress(quiet=as_json) as on_stage:
+        result = command.bench_bundle(bundle, against, inputs, shapes, threads, rounds, on_stage)
+    show.emit(result, as_json, lambda: show.bench(result))
+
+
+@cli.command(short_help="Check a bundle's integrity and its numbers.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), help="The float model to compare with.")
+@click.option("--input", "inputs", type=click.Path(path_type=Path), help="Inputs to compare on (else made up).")
+@click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off.")
+@_json
+def verify(bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None, as_json: bool) -> None:
+    """Check every hash of BUNDLE, then compare it with MODEL when one is given."""
+    from kbitc.commands import show
+    from kbitc.commands import verify as command
+
+    result = command.verify_bundle(bundle, model, inputs, min_sqnr)
+    show.emit(result, as_json, lambda: show.verify(result))
+
+
+@cli.command(short_help="Show what is in a model or a bundle.")
+@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Inputs, outputs, operators, bytes and bits per weight, what would be quantized, what not, and why."""
+    from kbitc.commands import inspect as command
+    from kbitc.commands import show
+
+    result = command.inspect_path(path)
+    show.emit(result, as_json, lambda: show.inspect(result))
+
+
+@cli.command(short_help="Show what this machine can compile for and run.")
+@_json
+def targets(as_json: bool) -> None:
+    """Every target: whether it compiles and runs here, what is missing and how to get it."""
+    from kbitc.commands import show
+    from kbitc.commands import targets as command
+
+    result = command.list_targets()
+    show.emit(result, as_json, lambda: show.targets(result))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: every failure becomes one line on standard error and the exit code of its kind."""
+    sys.exit(_guarded(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        result = cli.main(args=arguments, prog_name="kbitc", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except KbitcError as error:
+        return _fail(error)
+    except click.ClickException as error:
+        return _fail(UsageError(error.format_message().rstrip("."), remedy=_help_hint(error)))
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("kbitc: interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return ResourceError.exit_code
+    except (OSError, MemoryError) as error:
+        return _fail(ResourceError("out of memory" if isinstance(error, MemoryError) else str(error)))
+    except Exception as error:
+        from kbitc.commands.crash import save_reproducer
+
+        return _fail(save_reproducer(error, arguments))
+
+
+def _help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f"see `{context.command_path if context is not None else 'kbitc'} --help`"
+
+
+def _fail(error: KbitcError) -> int:
+    click.echo(f"kbitc: error: {error}", err=True)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`kbitc bench`: interleaved rounds of a bundle, the float build for the same target, and onnxruntime fp32."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from kbitc.bundle.runtime import Model, load
+from kbitc.errors import CalibrationError
+from kbitc.importer.feeds import made_up_feeds, read_feeds
+from kbitc.importer.signature import parse_shape
+
+Feeds = Mapping[str, npt.NDArray[Any]]
+WARM_UP = 3
+BUNDLE, FLOAT_BUILD, ONNXRUNTIME = "bundle", "float build", "onnxruntime fp32"
+
+
+def bench_bundle(
+    bundle: Path,
+    against: Path | None,
+    inputs: Path | None,
+    shapes: Sequence[str],
+    threads: int,
+    rounds: int,
+    on_stage: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Time one call of every engine a round, in turn; report medians and ratios to the bundle's."""
+    model = load(bundle, threads=threads)
+    with tempfile.TemporaryDirectory() as folder:
+        on_stage("prepare")
+        engines, feeds = _engines(model, bundle, against, inputs, shapes, threads, Path(folder))
+        on_stage("measure")
+        times = interleave({name: partial(run, feeds) for name, run in engines.items()}, rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "bundle": str(bundle),
+        "threads": threads,
+        "rounds": rounds,
+        "inputs": {name: list(array.shape) for name, array in feeds.items()},
+        "machine": {"cpu": _cpu_name(), "onnxruntime": metadata.version("onnxruntime")},
+        "engines": [
+            {
+                "name": name,
+                "milliseconds": {
+                    "min": 1e3 * min(times[name]), "median": 1e3 * median, "max": 1e3 * max(times[name]),
+                },
+                "ratio_to_bundle": median / medians[BUNDLE],
+            }
+            for name, median in medians.items()
+        ],
+        "warning": _warning(medians),
+    }  # fmt: skip
+
+
+def interleave(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every call in every round, each round calling all of them in turn after a warm-up."""
+    for _ in range(WARM_UP):
+        for call in calls.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _engines(
+    model: Model,
+    bundle: Path,
+    against: Path | None,
+    inputs: Path | None,
+    shapes: Sequence[str],
+    threads: int,
+    folder: Path,
+) -> tuple[dict[str, Callable[[Feeds], object]], Feeds]:
+    """What is timed, and the one set of inputs they all get."""
+    engines: dict[str, Callable[[Feeds], object]] = {BUNDLE: model}
+    if against is None:
+        if inputs is None:
+            raise CalibrationError("nothing to run on", remedy="give --input feeds.npz, or --against MODEL")
+        return engines, read_feeds(inputs, model.inputs)
+    from kbitc import compile as compile_bundle
+    from kbitc.graph.evaluate import Session
+    from kbitc.importer import load_model
+
+    bound = {item.name: item.shape for item in model.inputs} | dict(map(parse_shape, shapes))
+    imported = load_model(against, shapes=bound)
+    feeds = read_feeds(inputs, model.inputs) if inputs is not None else made_up_feeds(imported)
+    float_build = folder / "float.kbit"
+    fixed = [f"{item.name}=" + "x".join(map(str, item.shape)) for item in model.inputs]
+    compile_bundle(against, float_build, scheme="float32", target=model.target_name, shapes=fixed)
+    engines[FLOAT_BUILD] = load(float_build, threads=threads)
+    engines[ONNXRUNTIME] = Session(imported, threads=threads, optimize=True).run
+    return engines, feeds
+
+
+def _warning(medians: Mapping[str, float]) -> str | None:
+    slower = [name for name, value in medians.items() if name != BUNDLE and value < medians[BUNDLE]]
+    return f"the bundle is slower than {' and '.join(slower)}" if slower else None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+

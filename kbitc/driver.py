@@ -1,0 +1,290 @@
+"""The order of the stages. The only file that knows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from kbitc import catalog
+from kbitc.errors import UsageError
+from kbitc.graph import ops
+from kbitc.options import CompileOptions
+from kbitc.quant.plan import QuantPlan
+from kbitc.quant.tensor import QTensor
+from kbitc.report import Report, WeightReport, weight_report
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+    from kbitc.bundle.writer import Staging
+    from kbitc.passes.verify.accuracy import References
+    from kbitc.targets.build import Built
+    from kbitc.targets.target import Target
+
+    Source: TypeAlias = str | PathLike[str] | onnx.ModelProto
+
+SOLVERS = "kbitc.passes.solvers"
+
+
+@dataclass
+class Trace:
+    """What watches a compilation: stage times, the dump folder, the progress display."""
+
+    dump_dir: Path | None = None
+    on_stage: Callable[[str], None] = lambda name: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time one stage and announce it."""
+        self.on_stage(name)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def dump(self, name: str, text: Callable[[], str]) -> None:
+        """Leave a text in the dump folder, when there is one."""
+        if self.dump_dir is not None:
+            self.dump_dir.mkdir(parents=True, exist_ok=True)
+            (self.dump_dir / name).write_text(text())
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What stages 1 to 7 give: the canonical float model, its quantized form, the plan and the reference outputs."""
+
+    original: ir.Model
+    model: ir.Model
+    plan: QuantPlan
+    weights: tuple[WeightReport, ...]
+    references: References
+    provenance: dict[str, Any]
+
+
+def quantize_model(
+    source: Source, output: str | PathLike[str], options: CompileOptions, calibration: Any = None,
+    trace: Trace | None = None,
+) -> Report:  # fmt: skip
+    """Stages 0 to 8 and the ONNX file.
+
+    Raises:
+        KbitcError: with the reason in one line; nothing is written then.
+    """
+    from kbitc.importer.files import write_model
+    from kbitc.passes.verify import accuracy
+    from kbitc.targets.target import parse_target
+
+    trace = trace or Trace(options.dump_dir)
+    target = parse_target(options.target)
+    path = fresh_output(output, options.force)
+    made = run_quantization(source, options, target, calibration, trace)
+    measured = accuracy.measure(made.references, None)
+    accuracy.check_floor(measured, options.min_sqnr)
+    trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
+    with trace.stage("write"):
+        size = write_model(made.model, path)
+    sizes = {"onnx": size}
+    return Report(str(path), None, options.scheme_text, made.weights, measured.as_json(), (), sizes, trace.seconds)
+
+
+def compile_model(
+    source: Source, output: str | PathLike[str], options: CompileOptions, calibration: Any = None,
+    trace: Trace | None = None,
+) -> Report:  # fmt: skip
+    """All stages: the bundle. What is verified is what lies in the bundle.
+
+    Raises:
+        KbitcError: with the reason in one line; nothing is written then.
+    """
+    from kbitc.bundle.writer import stage
+    from kbitc.passes.verify import accuracy
+    from kbitc.targets.build import build
+    from kbitc.targets.target import parse_target
+
+    trace = trace or Trace(options.dump_dir)
+    target = parse_target(options.target)
+    with stage(output, force=options.force) as staging:
+        made = run_quantization(source, options, target, calibration, trace)
+        with trace.stage("lower and build"):
+            built = build(made.model, target, debug_accumulators=options.debug_accumulators, dump=trace.dump)
+            staging.write_library(built.library)
+            staging.write_weights(built.weights)
+        with trace.stage("verify"):
+            measured = accuracy.measure(made.references, staged_module(staging, built, target))
+            accuracy.check_lowering(measured)
+            accuracy.check_floor(measured, options.min_sqnr)
+        trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
+        report = Report(
+            str(output), target.name, options.scheme_text, made.weights, measured.as_json(), built.layers,
+            staging.sizes, trace.seconds,
+        )  # fmt: skip
+        with trace.stage("write"):
+            finish_bundle(staging, built, target, report, made, options)
+    return report
+
+
+def run_quantization(
+    source: Source, options: CompileOptions, target: Target, calibration: Any, trace: Trace
+) -> Quantized:
+    """Stages 1 to 7."""
+    from kbitc.graph.text import model_text
+    from kbitc.importer import load_model
+    from kbitc.importer.feeds import sample_feeds
+    from kbitc.importer.signature import parse_shape
+    from kbitc.passes.canonicalize import canonicalize
+    from kbitc.passes.verify.accuracy import reference_runs
+
+    trace.dump("00-options.json", options.text)
+    with trace.stage("import"):
+        imported = load_model(source, shapes=dict(map(parse_shape, options.shapes)))
+        trace.dump("01-import.onnx.txt", lambda: model_text(imported))
+    with trace.stage("canonicalise"):
+        original = canonicalize(imported)
+        trace.dump("02-canonical.onnx.txt", lambda: model_text(original))
+        check_target(original, target)
+    with trace.stage("plan"):
+        feeds, data = sample_feeds(original, calibration)
+        plan, kinds = make_plan(original, options, target)
+        trace.dump("05-plan.json", plan.text)
+    with trace.stage("quantize"):
+        tensors, weights = solve(original, plan, kinds)
+        quantized = rewrite(original, plan, tensors, kinds)
+        trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
+    with trace.stage("reference runs"):
+        references = reference_runs(original, quantized, feeds, data)
+    return Quantized(original, quantized, plan, weights, references, provenance(source, options))
+
+
+def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
+    """Where a result comes from: no time and no path, so that equal inputs give equal bytes."""
+    from kbitc.commands.crash import versions
+
+    digest = name = None
+    if isinstance(source, str | PathLike):
+        with open(source, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = Path(source).name
+    chosen = json.loads(options.text())
+    return {"model": name, "model_sha256": digest, "options": chosen, "versions": versions()}
+
+
+def check_target(model: ir.Model, target: Target) -> None:
+    """Refuse operators that cannot be lowered, before anything is quantized."""
+    from kbitc.bundle.engine import tvm_ffi
+    from kbitc.graph.legality import refuse_unlowerable
+
+    tvm_ffi()  # before tvm: it hides torch from tvm_ffi, which would import it, for over a second
+    from kbitc.targets.build import check_lowerable
+
+    refuse_unlowerable(model)
+    check_lowerable(model, target)
+
+
+def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple[QuantPlan, dict[str, str]]:
+    """Stage 5; also the view (matmul, conv, embedding) of every planned tensor."""
+    from kbitc.passes.allocate.exclude import excluded_by
+    from kbitc.passes.allocate.survey import survey
+    from kbitc.passes.allocate.uniform import allocate, keep_float
+
+    candidates = survey(model)
+    kinds = {candidate.tensor: candidate.kind for candidate in candidates}
+    excluded = excluded_by(candidates, options.exclude)
+    if options.scheme is None:
+        return keep_float(candidates), kinds
+
+    def accepts(op_type: str, activation: str, scheme: Any, terms: int) -> str | None:
+        return target.accepts(op_type, activation, scheme, reduction=terms)
+
+    return allocate(model, candidates, options.scheme, options.activation, excluded, accepts), kinds
+
+
+def solve(
+    model: ir.Model, plan: QuantPlan, kinds: dict[str, str], solver: str = "rtn"
+) -> tuple[dict[str, QTensor], tuple[WeightReport, ...]]:
+    """Stage 6: one QTensor per planned weight, and the account of every weight."""
+    chosen = catalog.find(SOLVERS, solver, "solver")
+    tensors: dict[str, QTensor] = {}
+    reports = []
+    for entry in plan.entries:
+        weight = model.graph.initializers[entry.tensor].const_value
+        if weight is None or 0 in entry.shape:
+            continue
+        view = np.asarray(ops.to_view(weight.numpy(), kinds[entry.tensor]), np.float32)
+        if entry.scheme is not None:
+            tensors[entry.tensor] = chosen.solve(view, entry.scheme)
+        reports.append(weight_report(entry, view, tensors.get(entry.tensor)))
+    return tensors, tuple(reports)
+
+
+def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds: dict[str, str]) -> ir.Model:
+    """Stage 7, on a copy of the graph that shares the weights."""
+    from kbitc.graph.functions import add_functions
+    from kbitc.passes.rewrite.quantize_activations import quantize_activations
+    from kbitc.passes.rewrite.quantize_weights import quantize_weights
+
+    copy = model.clone()
+    blocks = {
+        node: tensors[entry.tensor].block
+        for entry in plan.quantized()
+        if entry.activation == "int8"
+        for node in entry.nodes
+    }
+    needed = quantize_activations(copy, blocks)
+    needed += quantize_weights(copy, tensors, kinds)
+    add_functions(copy, needed, copy.graph.opset_imports[""])
+    return copy
+
+
+def staged_module(staging: Staging, built: Built, target: Target) -> Callable[..., Any] | None:
+    """The module as it lies in the unfinished bundle, a function of feeds; None when this machine cannot run it."""
+    from kbitc.bundle.runtime import load_parts
+    from kbitc.targets.target import host_runs
+
+    if host_runs(target) is not None:
+        return None
+    return load_parts(
+        staging.library, staging.weights, staging.parameters, built.inputs, built.outputs, device=target.device
+    )
+
+
+def finish_bundle(
+    staging: Staging, built: Built, target: Target, report: Report, made: Quantized, options: CompileOptions
+) -> None:
+    """Report, runtime files and manifest; then the one rename."""
+    from kbitc import __version__
+    from kbitc.targets.runner.deploy import with_runtime
+
+    staging.write_json("report.json", report.as_json(timings=False))
+    for name, content in (with_runtime(target) if options.with_runtime else {}).items():
+        staging.add_file(name, content, executable="/" not in name)
+    staging.commit(
+        target, built.inputs, built.outputs, kbitc_version=__version__, plan=made.plan.as_json(),
+        accuracy=report.accuracy, provenance=made.provenance,
+    )  # fmt: skip
+
+
+def fresh_output(output: str | PathLike[str], force: bool) -> Path:
+    """The output path; refused when it exists, unless forced.
+
+    Raises:
+        UsageError: it exists, or its folder does not.
+    """
+    path = Path(output)
+    if (path.exists() or path.is_symlink()) and not force:
+        raise UsageError("output already exists", where=str(path), remedy="use --force to replace it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError("output folder does not exist", where=str(path.parent), remedy="create it first")
+    return path
+

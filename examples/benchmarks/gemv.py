@@ -1,0 +1,123 @@
+"""The matrix-vector product of a decoder step at every k, against onnxruntime's MatMulNBits and fp32, one thread.
+
+    python examples/benchmarks/gemv.py [--size 4096] [--layers 1] [--rows 1] [--schemes int4:b32 nf4:b32 ...]
+
+x [rows, size] times `layers` weights [size, size], one after another. One layer of 4096 lies in a large third-level
+cache and shows the arithmetic; eight layers come from memory, as in a real decoder, and show the bytes.
+kbitc's time includes the quantization of the activations, as onnxruntime's with accuracy_level 4 does.
+Writes results/gemv.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+import kbitc
+
+ROUNDS = 30
+BLOCK = 32
+BASELINE = "onnxruntime MatMulNBits 4 bits"
+SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}")
+Floats = npt.NDArray[np.float32]
+
+
+def model_of(nodes: list[onnx.NodeProto], arrays: dict[str, npt.NDArray[Any]], rows: int, size: int) -> onnx.ModelProto:
+    """A model x -> y, both float32 [rows, size]."""
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, size]) for name in ("x", "y")]
+    graph = helper.make_graph(
+        nodes, "gemv", value[:1], value[1:], [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def float_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
+    """One MatMul after another; weights [K, N]."""
+    names = chain(len(weights))
+    nodes = [
+        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], name=f"layer{i}") for i in range(len(weights))
+    ]
+    return model_of(nodes, {f"w{i}": w for i, w in enumerate(weights)}, rows, weights[0].shape[0])
+
+
+def four_bit_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
+    """The same with com.microsoft MatMulNBits, 4 bits, block 32, accuracy_level 4 (int8 arithmetic)."""
+    names, arrays, nodes = chain(len(weights)), {}, []
+    size = weights[0].shape[0]
+    for i, weight in enumerate(weights):
+        blocks = weight.T.reshape(size, size // BLOCK, BLOCK)
+        scales = (np.abs(blocks).max(axis=2) / 7).astype(np.float32)
+        codes = np.clip(np.rint(blocks / scales[..., None]) + 8, 0, 15).astype(np.uint8)
+        arrays[f"w{i}"] = codes[..., 0::2] | (codes[..., 1::2] << 4)
+        arrays[f"s{i}"] = scales
+        attributes = {"K": size, "N": size, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        inputs = [names[i], f"w{i}", f"s{i}"]
+        nodes.append(helper.make_node("MatMulNBits", inputs, [names[i + 1]], domain="com.microsoft", **attributes))
+    return model_of(nodes, arrays, rows, size)
+
+
+def chain(layers: int) -> list[str]:
+    """Names of the values between the layers."""
+    return ["x", *(f"h{i}" for i in range(1, layers)), "y"]
+
+
+def in_onnxruntime(model: onnx.ModelProto, x: Floats) -> Callable[[], Any]:
+    """A call with one thread; input and output stay where they are."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    binding.bind_cpu_input("x", x)
+    binding.bind_output("y", "cpu")
+    return lambda: session.run_with_iobinding(binding)
+
+
+def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path) -> Callable[[], Any]:
+    """A call of the bundle for this machine with one thread."""
+    bundle = folder / (scheme.replace(":", "-") + ".kbit")
+    kbitc.compile(model, bundle, scheme=scheme)
+    module = kbitc.load(bundle, threads=1)
+    arguments = module.device_arguments([x])
+    return lambda: module.run_raw(arguments)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Matrix-vector products at every k against onnxruntime.")
+    parser.add_argument("--size", type=int, default=4096, help="N and K of every layer")
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    chosen = parser.parse_args()
+    harness.pin(1)
+    random = np.random.default_rng(0)
+    shape = (chosen.size, chosen.size)
+    weights = [(random.standard_normal(shape) / np.sqrt(chosen.size)).astype(np.float32) for _ in range(chosen.layers)]
+    x = random.standard_normal((chosen.rows, chosen.size)).astype(np.float32)
+    model = float_model(weights, chosen.rows)
+    contestants = {
+        BASELINE: in_onnxruntime(four_bit_model(weights, chosen.rows), x),
+        "onnxruntime fp32": in_onnxruntime(model, x),
+    }
+    title = f"{chosen.rows} x {chosen.size} x {chosen.size}, {chosen.layers} layer(s)"
+    with tempfile.TemporaryDirectory() as folder:
+        for scheme in chosen.schemes:
+            contestants[f"kbitc {scheme}"] = in_kbitc(model, scheme, x, Path(folder))
+        timing = harness.interleave(contestants, ROUNDS)
+    harness.print_table(title, timing, BASELINE)
+    print(harness.save("gemv", [timing.as_json(title, BASELINE, rows=chosen.rows, layers=chosen.layers)], threads=1))
+
+
+if __name__ == "__main__":
+    main()

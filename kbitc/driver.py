@@ -20,7 +20,7 @@ from kbitc.graph import ops
 from kbitc.options import CompileOptions
 from kbitc.quant.plan import QuantPlan
 from kbitc.quant.tensor import QTensor
-from kbitc.report import Report, WeightReport, weight_report
+from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
 
 if TYPE_CHECKING:
     import onnx
@@ -126,8 +126,9 @@ def compile_model(
             accuracy.check_lowering(measured)
             accuracy.check_floor(measured, options.min_sqnr)
         trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
+        weights = with_packed_sizes(made.weights, built.weights)
         report = Report(
-            str(output), target.name, options.scheme_text, made.weights, measured.as_json(), built.layers,
+            str(output), target.name, options.scheme_text, weights, measured.as_json(), built.layers,
             staging.sizes, trace.seconds,
         )  # fmt: skip
         with trace.stage("write"):
@@ -153,6 +154,7 @@ def run_quantization(
     with trace.stage("canonicalise"):
         original = canonicalize(imported)
         trace.dump("02-canonical.onnx.txt", lambda: model_text(original))
+    with trace.stage("check target"):
         check_target(original, target)
     with trace.stage("plan"):
         feeds, data = sample_feeds(original, calibration)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kbitc.quant.metrics import sqnr_db
-from kbitc.quant.packing import packed_shape
 from kbitc.quant.plan import PlanEntry
 from kbitc.quant.tensor import QTensor
 
 REPORT_VERSION = 1
 FLOAT_BYTES = 4
+CODES = ".codes"
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class WeightReport:
         entry: the decision.
         weights: number of weights.
         code_bytes: ceil(weights * bits / 8); 0 for a float weight.
-        packed_bytes: the codes in the kernels' layout, tile padding included.
+        packed_bytes: the codes as they are stored: in a bundle in the kernels' layout, tile padding included.
         bits_per_weight: codes, scales and zero points over the number of weights.
         sqnr_db: of the weights themselves; None for a float weight.
     """
@@ -56,8 +56,27 @@ def weight_report(entry: PlanEntry, weight: npt.NDArray[np.float32], tensor: QTe
         return WeightReport(entry, weight.size, 0, FLOAT_BYTES * weight.size, 8.0 * FLOAT_BYTES, None)
     error = weight.astype(np.float64) - tensor.dequantize()
     quality = sqnr_db(float((weight.astype(np.float64) ** 2).sum()), float((error * error).sum()))
-    packed = int(np.prod(packed_shape(*tensor.shape, tensor.bits)))
-    return WeightReport(entry, weight.size, tensor.code_bytes(), packed, tensor.bits_per_weight(), quality)
+    size = tensor.code_bytes()
+    return WeightReport(entry, weight.size, size, size, tensor.bits_per_weight(), quality)
+
+
+def with_packed_sizes(
+    reports: Sequence[WeightReport], stored: Mapping[str, npt.NDArray[Any]]
+) -> tuple[WeightReport, ...]:
+    """The reports with the bytes that the codes take in a bundle.
+
+    Args:
+        reports: one a weight.
+        stored: parameters of the module by name; the codes of a weight are called after one of its nodes.
+    """
+    return tuple(replace(item, packed_bytes=_packed_bytes(item, stored)) for item in reports)
+
+
+def _packed_bytes(item: WeightReport, stored: Mapping[str, npt.NDArray[Any]]) -> int:
+    for name, array in stored.items():
+        if name.endswith(CODES) and any(name.startswith(f"{node}.") for node in item.entry.nodes):
+            return array.nbytes
+    return item.packed_bytes
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from kbitc.importer.signature import (
 )
 from kbitc.importer.structure import check_functions, check_names, check_versions, hoist_constants
 from kbitc.importer.tensors import DetachedTensor, take_tensors
+from kbitc.importer.text import check_text
 from kbitc.importer.values import check_values
 
 _TOKEN = "kbitc:"
@@ -72,6 +73,7 @@ def check_proto(proto: onnx.ModelProto, files: ExternalFiles, shapes: Shapes) ->
     Returns:
         The tensors that were taken out of the message.
     """
+    check_text(proto)
     check_versions(proto)
     hoist_constants(proto.graph)
     check_functions(proto)

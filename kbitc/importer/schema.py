@@ -61,6 +61,7 @@ def _check_all(
     for node in nodes:
         domain = "" if node.domain in _DEFAULT_DOMAINS else node.domain
         for attribute in node.attribute:
+            _check_text(node, attribute)
             if attribute.HasField("g"):
                 _check_all(attribute.g.node, versions, functions, unknown)
             for graph in attribute.graphs:
@@ -80,6 +81,17 @@ def _check_all(
             continue
         _check_arity(node, schema)
         _check_attributes(node, schema)
+
+
+def _check_text(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> None:
+    """Strings in attributes are UTF-8, as in the rest of the file."""
+    for text in (attribute.s, *attribute.strings):
+        try:
+            text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(
+                f"attribute {attribute.name!r} is not text", where=label(node), got=repr(text[:40])
+            ) from error
 
 
 def _schema(op_type: str, version: int, domain: str) -> onnx.defs.OpSchema | None:

@@ -11,6 +11,8 @@ from kbitc.errors import ModelError, UnsupportedError
 MIN_OPSET, MAX_OPSET = 9, 25
 MIN_IR, MAX_IR = 3, 13
 MAX_DEPTH = 32
+#: No operator set of any domain has come near this version.
+_MAX_DOMAIN_VERSION = 1 << 16
 _MAX_SHOWN = 5
 
 
@@ -44,6 +46,8 @@ def _check_opsets(imports: Iterable[onnx.OperatorSetIdProto], where: str) -> Non
         domain = "" if entry.domain == "ai.onnx" else entry.domain
         if seen.setdefault(domain, entry.version) != entry.version:
             raise ModelError("an opset is imported twice", where=where, got=f"domain {entry.domain!r}")
+        if not 0 < entry.version <= _MAX_DOMAIN_VERSION:
+            raise ModelError("an opset version is absurd", where=where, got=f"{entry.domain!r} {entry.version}")
         if not domain and not MIN_OPSET <= entry.version <= MAX_OPSET:
             raise UnsupportedError(
                 "this opset is not supported",

@@ -19,14 +19,21 @@ from typing import TYPE_CHECKING, Any
 
 from kbitc.errors import KbitcError, ResourceError
 from kbitc.targets import machine
-from kbitc.targets.cuda.toolchain import KernelResources, Toolchain, compile_source, find_toolchain, toolkit_roots
+from kbitc.targets.cuda.toolchain import (
+    INSTALL,
+    RUNTIME,
+    KernelResources,
+    Toolchain,
+    compile_source,
+    find_runtime,
+    find_toolchain,
+)
 
 if TYPE_CHECKING:
     from kbitc.targets.target import Target
 
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE of the driver API
 DRIVER = "libcuda.so.1"
-RUNTIME = "libcudart.so.13"  # what the pinned TVM wheel links against
 CREATE = "ffi.Module.create.cuda"
 CALLBACK = "tvm_callback_cuda_compile"
 # What libtvm_runtime_cuda.so takes from the driver, and what machine.cuda_capability asks it.
@@ -121,15 +128,8 @@ def load_runtime() -> None:
 
 
 def _load_cudart() -> None:
-    candidates = [RUNTIME]
-    candidates += [str(root / folder / RUNTIME) for root in toolkit_roots() for folder in ("lib64", "lib")]
-    for candidate in candidates:
-        try:
-            ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
-        return
-    raise ResourceError(f"{RUNTIME} is not here", remedy="pip install nvidia-cuda-runtime, or install CUDA 13")
+    if find_runtime() is None:
+        raise ResourceError(f"{RUNTIME} is not here", remedy=INSTALL)
 
 
 def _load_driver() -> None:

@@ -51,11 +51,15 @@ def declare(features: tuple[str, ...]) -> Target:
 
 
 def requirements(target: Target) -> list[Requirement]:
-    """nvcc or NVRTC to compile, and a linker for the host side."""
+    """A CUDA compiler, the CUDA runtime that TVM's library links against, and a linker for the host side."""
+    # Imported here: the search for tools is not needed to declare a target.
     from kbitc.targets.cuda import toolchain
 
+    compiler = toolchain.missing() is None
+    runtime = toolchain.find_runtime() is not None
     linker = machine.tool("g++", "c++", "clang++") is not None or machine.has_module("ziglang")
     return [
-        Requirement("nvcc (or NVRTC)", toolchain.missing() is None, toolchain.INSTALL),
+        Requirement("nvcc (or NVRTC)", compiler, toolchain.INSTALL),
+        Requirement(toolchain.RUNTIME, runtime, toolchain.INSTALL),
         Requirement("g++ (or zig)", linker, "apt-get install g++, or pip install ziglang"),
     ]

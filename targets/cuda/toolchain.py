@@ -20,6 +20,7 @@ from pathlib import Path
 from kbitc.errors import InternalError, ResourceError
 
 INSTALL = "pip install kbitc[cuda] (or nvidia-cuda-nvcc nvidia-cuda-runtime), or install the CUDA toolkit 13"
+RUNTIME = "libcudart.so.13"  # what the pinned TVM wheel links against
 FILE_NAME = "kbitc_kernels.cu"
 TIMEOUT_SECONDS = 1800
 _ROOTS = ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT")
@@ -140,6 +141,18 @@ def toolkit_roots() -> list[Path]:
         # pip packages for CUDA 13 share one folder; those for CUDA 12 have one each.
         roots += [Path(folder) / name for name in ("cu13", "cuda_nvcc", "cuda_nvrtc", "cuda_runtime")]
     return roots
+
+
+def find_runtime() -> str | None:
+    """Name or path by which the CUDA runtime library can be loaded; None when it is not here."""
+    folders = [root / folder for root in toolkit_roots() for folder in ("lib64", "lib")]
+    for candidate in (RUNTIME, *(str(folder / RUNTIME) for folder in folders if (folder / RUNTIME).exists())):
+        try:
+            ctypes.CDLL(candidate, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return candidate
+    return None
 
 
 def prepare(source: str) -> str:

@@ -78,7 +78,10 @@ def _emit(spec: QuantizeSpec) -> None:
     with v.root():
         args = _Arguments(
             v.view(x, (v.product(lead), spec.channels), "float32"),
-            *(v.view(buffer, (rows, columns), dtype) for buffer, (_, columns, dtype) in zip(given, results, strict=True)),
+            *(
+                v.view(buffer, (rows, columns), dtype)
+                for buffer, (_, columns, dtype) in zip(given, results, strict=True)
+            ),
         )
         _rows(spec, args, lead, out)
 

@@ -47,7 +47,7 @@ class ConvAttributes:
 class PostFunction:
     """min(max(y, low), high) applied after the bias; None leaves that side open. relu is low = 0.
 
-    With both sides given low is not above high. NaN goes through unchanged on no side: the comparison decides.
+    With both sides given low is not above high. NaN stays NaN.
     """
 
     low: float | None = None

@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-import tests.hostile.external  # noqa: F401
+import tests.hostile.external
+import tests.hostile.tensor_cases  # noqa: F401
 from kbitc.errors import KbitcError
 from kbitc.graph.evaluate import evaluate, session_options
 from kbitc.graph.legality import after_canonicalize, after_import, refuse_unlowerable

@@ -179,10 +179,14 @@ def _shuffled(stage: Stage, indices: Callable[[Expr, Expr], list[Expr]], side: i
     dtype = str(stage.value.ty.dtype)
     statements: list[Statement] = []
 
-    def bind(value: Expr) -> Var:
-        name = tirx.Var("line", f"{dtype}x{side}")
-        statements.append(tirx.Bind(name, value))
-        return name
+    allocations: list[Statement] = []
+
+    def held(value: Expr) -> Expr:
+        """The value through a register of its own: a chain of names would grow (see lets.py)."""
+        buffer, allocation = nest.scratch(dtype, side, "line")
+        allocations.append(allocation)
+        statements.append(nest.store(buffer, [ramp(nest.i64(0))], value))
+        return nest.load(buffer, [ramp(nest.i64(0))])
 
     def ramp(start: Expr) -> Expr:
         return tirx.Ramp(start, nest.i64(1), side)
@@ -193,15 +197,15 @@ def _shuffled(stage: Stage, indices: Callable[[Expr, Expr], list[Expr]], side: i
         *outer, last = [nest.replace(index, names) for index in stage.value.indices]
         return nest.load(stage.value.source, [*outer, ramp(last)])
 
-    lines = [bind(line(j)) for j in range(side)]
+    lines = [held(line(j)) for j in range(side)]
     half = side // 2
     for _ in range(side.bit_length() - 1):
         pairs = [(lines[i], lines[i + half]) for i in range(half)]
-        lines = [bind(_interleaved(a, b, start, side)) for a, b in pairs for start in (0, half)]
+        lines = [held(_interleaved(a, b, start, side)) for a, b in pairs for start in (0, half)]
     for i, value in enumerate(lines):
         *outer, last = indices(nest.i64(i), nest.i64(0))
         statements.append(nest.store(stage.buffer, [*outer, ramp(last)], value))
-    return nest.sequence(statements)
+    return nest.sequence([*allocations, *statements])
 
 
 def _interleaved(a: Expr, b: Expr, start: int, side: int) -> Expr:

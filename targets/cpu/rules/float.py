@@ -37,13 +37,7 @@ class FloatProduct:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Give the activation its border where it has one, then multiply."""
         weight, groups = float_weight(contraction), _groups(contraction)
-        n, taps, channels = weight.shape
-        spec = FgemmSpec(
-            rows_of(contraction), channels, n, taps, groups, contraction.bias is not None, contraction.post
-        )
-        registers = registers_of(ctx.target)
-        name = f"float_{contraction.kind}"
-        func = cached(ctx, (name, repr(spec), repr(registers)), lambda: make_fgemm(spec, registers, name))
+        func, name = product_kernel(ctx, contraction)
         given = [bordered(ctx, contraction, inputs[0]), *_parameters(ctx, contraction, weight, groups)]
         return ctx.call(func, name, given, [(contraction.out_shape, "float32")])
 
@@ -66,20 +60,10 @@ class FloatDepthwise:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """One kernel; the border is never written to memory."""
         weight = float_weight(contraction)
-        if contraction.conv is None:
-            raise InternalError("a convolution without geometry", where=contraction.name)
-        batch, height, width, channels = contraction.x_shape
-        _, out_height, out_width, _ = contraction.out_shape
-        spec = DepthwiseSpec(
-            (batch, height, width), (out_height, out_width), weight.shape[0], contraction.conv,
-            contraction.bias is not None, contraction.post,
-        )  # fmt: skip
-        registers = registers_of(ctx.target)
-        key = ("float_depthwise", repr(spec), repr(registers))
-        func = cached(ctx, key, lambda: make_fdepthwise(spec, registers, "float_depthwise"))
+        func, name = depthwise_kernel(ctx, contraction)
         # As one group of N outputs of one channel the packed weight is [tiles, T, 16].
         given = [inputs[0], *_parameters(ctx, contraction, weight, 1)]
-        return ctx.call(func, "float_depthwise", given, [(contraction.out_shape, "float32")])
+        return ctx.call(func, name, given, [(contraction.out_shape, "float32")])
 
 
 @dataclass(frozen=True)
@@ -114,6 +98,39 @@ class FloatBatchProduct:
 
 # In order of preference; the reference rule comes after them.
 RULES = (FloatDepthwise(), FloatProduct(), FloatBatchProduct())
+
+
+def product_kernel(ctx: EmitContext, contraction: Contraction) -> tuple[Any, str]:
+    """The kernel of a matmul or conv by a weight [tiles, T * C, 16], and its name."""
+    n, taps, channels = _weight_shape(contraction)
+    biased, groups = contraction.bias is not None, _groups(contraction)
+    spec = FgemmSpec(rows_of(contraction), channels, n, taps, groups, biased, contraction.post)
+    registers = registers_of(ctx.target)
+    name = f"float_{contraction.kind}"
+    return cached(ctx, (name, repr(spec), repr(registers)), lambda: make_fgemm(spec, registers, name)), name
+
+
+def depthwise_kernel(ctx: EmitContext, contraction: Contraction) -> tuple[Any, str]:
+    """The kernel of a depthwise conv by a weight [tiles, T, 16], and its name."""
+    if contraction.conv is None:
+        raise InternalError("a convolution without geometry", where=contraction.name)
+    batch, height, width, _ = contraction.x_shape
+    _, out_height, out_width, _ = contraction.out_shape
+    spec = DepthwiseSpec(
+        (batch, height, width), (out_height, out_width), _weight_shape(contraction)[0], contraction.conv,
+        contraction.bias is not None, contraction.post,
+    )  # fmt: skip
+    registers = registers_of(ctx.target)
+    name = "float_depthwise"
+    return cached(ctx, (name, repr(spec), repr(registers)), lambda: make_fdepthwise(spec, registers, name)), name
+
+
+def _weight_shape(contraction: Contraction) -> tuple[int, int, int]:
+    """(N, T, C) of the weight, packed or not."""
+    if contraction.weight is None:
+        raise InternalError("a product without a weight", where=contraction.name)
+    n, taps, channels = contraction.weight.shape
+    return n, taps, channels
 
 
 def _float_only(contraction: Contraction) -> str | None:

@@ -1,8 +1,9 @@
 """Reductions of one line in a stated order that every CPU target shares.
 
 Element c goes to lane c mod 16 of chain (c div 16) mod 4, each lane in increasing c; the elements of a last vector
-that is not full go to chain 3. With fewer than 64 elements known at compile time there is one chain. The chains are joined as (0 + 1) + (2 + 3), then the 16 lanes by halves:
-lane i with lane i + 8, then i + 4, i + 2, i + 1. The result does not depend on threads or on the vector length.
+that is not full go to chain 3. With fewer than 64 elements known at compile time there is one chain. The chains are
+joined as (0 + 1) + (2 + 3), then the 16 lanes by halves: lane i with lane i + 8, then i + 4, i + 2, i + 1. The result
+does not depend on threads or on the vector length.
 """
 
 from __future__ import annotations

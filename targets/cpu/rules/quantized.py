@@ -201,7 +201,7 @@ def bordered(ctx: EmitContext, contraction: Contraction, x: RelaxExpr) -> RelaxE
     if contraction.conv is None or not any(contraction.conv.pads):
         return x
     pads = contraction.conv.pads
-    key = ("bordered", id(x), pads)
+    key = ("bordered", hash(x), pads)
     if key not in ctx.memo:
         rows = rows_of(contraction)
         batch, height, width = rows.source_shape
@@ -281,8 +281,8 @@ def quantize(ctx: EmitContext, contraction: Contraction, x: RelaxExpr, spec: Qge
     """Codes, scales and sums of an activation; the same call serves every contraction that reads it alike."""
     rows, channels, block = spec.rows, spec.channels, spec.block
     pads = contraction.conv.pads if contraction.conv is not None else (0, 0, 0, 0)
-    # The variable itself is kept in the key's value so that its identity is not reused.
-    key = ("quantized", id(x), block, pads)
+    # The hash of a variable is its identity in TVM; keeping the variable keeps the hash from being used again.
+    key = ("quantized", hash(x), block, pads)
     if key not in ctx.memo:
         padded = rows.source_shape[1:] if isinstance(rows, ConvRows) else None
         what = QuantizeSpec(contraction.x_shape[:-1], channels, block, pads, padded)

@@ -43,7 +43,8 @@ def rows(function: PrimFunc, target: Target) -> PrimFunc | None:
     group = read_group(function)
     if group is None or len(group.stages) < 2 or not all(_fits(stage, group.stages[0]) for stage in group.stages):
         return None
-    if not all(_reads_own_row(stage, group.internal) for stage in group.stages):
+    written = tuple(stage.buffer for stage in group.stages)
+    if not all(_reads_own_row(stage, written) for stage in group.stages):
         return None
     count = group.stages[0].axes[0].extent
     width = max((stage for stage in group.stages), key=lambda stage: len(stage.axes) + len(stage.over))
@@ -66,12 +67,12 @@ def _fits(stage: Stage, first: Stage) -> bool:
     return len(stage.axes) <= 2
 
 
-def _reads_own_row(stage: Stage, internal: tuple[Var, ...]) -> bool:
+def _reads_own_row(stage: Stage, written: tuple[Var, ...]) -> bool:
     """Whether a stage reads what the group computes only in its own row, along its own second axis."""
     own = stage.axes[0].var
     second = (stage.over or stage.axes[1:])[0].var if stage.over or len(stage.axes) > 1 else None
     for load in loads_of(stage.value):
-        if not any(same_buffer(load.source, buffer) for buffer in internal):
+        if not any(same_buffer(load.source, buffer) for buffer in written):
             continue
         if not load.indices[0].same_as(own):
             return False

@@ -58,36 +58,38 @@ def variadic(function: Binary, mean: bool = False) -> Emit:
 
 def divide(a: Expr, b: Expr) -> Expr:
     """ONNX Div: true for floats, towards zero for integers. Integer x / 0 is 0 here instead of a trap."""
-    kind = scalar.dtype_of(a)
-    if dtypes.is_float(kind):
+    if dtypes.is_float(scalar.dtype_of(a)):
         return a / b
-    zero, one = const(0, a), const(1, a)
-    if kind.startswith("uint"):
-        return named(b, lambda d: select(d == zero, zero, tirx.truncdiv(a, select(d == zero, one, d))))
+    return _guarded(a, b, tirx.truncdiv, lambda x: const(0, x) - x)
 
-    def signed(d: Expr) -> Expr:
-        usual = tirx.truncdiv(a, select(tirx.Or(d == zero, d == const(-1, a)), one, d))
-        return select(d == zero, zero, select(d == const(-1, a), zero - a, usual))
 
-    return named(b, signed)
+def _guarded(a: Expr, b: Expr, function: Binary, by_minus_one: Callable[[Expr], Expr]) -> Expr:
+    """An integer division that neither 0 nor -1 (whose quotient may overflow) makes trap.
+
+    Branches, not selections: a selection computes both sides, and tvm drops guards inside of them.
+    """
+
+    def safe(d: Expr) -> Expr:
+        result = function(a, d)
+        if not scalar.dtype_of(a).startswith("uint"):
+            result = tirx.if_then_else(d == const(-1, a), by_minus_one(a), result)
+        return tirx.if_then_else(d == const(0, a), const(0, a), result)
+
+    return named(b, safe)
 
 
 def _floor_mod(a: Expr, b: Expr) -> Expr:
     """Sign of the divisor, as in Python."""
-    zero, one = const(0, a), const(1, a)
-
-    def signed(d: Expr) -> Expr:
-        trivial = tirx.Or(d == zero, d == const(-1, a)) if scalar.dtype_of(a).startswith("int") else d == zero
-        return select(trivial, zero, tirx.floormod(a, select(trivial, one, d)))
-
-    return named(b, signed)
+    return _guarded(a, b, tirx.floormod, lambda x: const(0, x))
 
 
 def _truncated_mod(a: Expr, b: Expr) -> Expr:
     """Sign of the dividend, as in C."""
     if dtypes.is_float(scalar.dtype_of(a)):
         wide = "float32" if scalar.dtype_of(a) in ("float16", "bfloat16") else scalar.dtype_of(a)
-        return scalar.cast(tirx.fmod(scalar.cast(a, wide), scalar.cast(b, wide)), scalar.dtype_of(a))
+        name = "fmod" if wide == "float64" else "fmodf"
+        rest = tirx.call_pure_extern(wide, name, scalar.cast(a, wide), scalar.cast(b, wide))
+        return scalar.cast(rest, scalar.dtype_of(a))
     return named(a, lambda x: x - divide(x, b) * b)
 
 

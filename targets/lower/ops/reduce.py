@@ -101,7 +101,7 @@ def reduce_with(
             return _single(ctx, node, source, prepare, finish, cost)
         as_bool = source.dtype == "bool"
         if as_bool:
-            source = elementwise(ctx, node, [source], lambda v: tirx.Cast("int8", v), "int8")
+            source = elementwise(ctx, node, [source], lambda v: tirx.Cast("uint8", v), "uint8")
         result = reduced(ctx, source, axes, reducer, prepare, node.op_type.lower())
         count = dims.expression(dims.product(source.shape[axis] for axis in axes))
         dtype = "bool" if as_bool else source.dtype

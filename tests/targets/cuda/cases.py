@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 EPSILON = 2.0**-23  # spacing of float32 at 1
-UNROLLED = 127
 
 
 @dataclass(frozen=True)
@@ -195,9 +194,9 @@ def _check(launcher: _Launcher, i: int, case: Product, weight: Any, spec: Any, q
         oh, ow = ((size + 2 * pad - dilation * (k - 1) - 1) // stride + 1 for size in (h, w))
         numbers = np.arange(len(padded)).reshape(lead)
         taps = [(ky * dilation, kx * dilation) for ky in range(k) for kx in range(k)]
-        source = np.stack(
-            [numbers[:, y : y + stride * oh : stride, z : z + stride * ow : stride].reshape(-1) for y, z in taps], axis=1
-        )
+        down, across = stride * oh, stride * ow
+        picked = [numbers[:, y : y + down : stride, z : z + across : stride].reshape(-1) for y, z in taps]
+        source = np.stack(picked, axis=1)
         out_lead = (batch, oh, ow)
     codes, scales, sums = quantize(padded, block)
     scales = np.where(inside[:, None], scales, 0).astype(np.float32)

@@ -57,8 +57,7 @@ def test_shapes_and_broadcasting(
     check_sum(Compiled(FloatBatchProduct(), what, target_here(name))(a, given), product, a, b, a_shape[-1])
 
 
-@pytest.mark.parametrize("name", TARGETS)
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("name", "transposed"), [("x86:avx2", True), ("x86:avx512vnni", False)])
 def test_every_dimension_symbolic(name: str, transposed: bool) -> None:
     batch, m, c, n = (tirx.Var(letter, "int64") for letter in "bmcn")
     second = (batch, 2, n, c) if transposed else (batch, 2, c, n)

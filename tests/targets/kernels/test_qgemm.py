@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+import tvm
 from tvm import tirx
 
 from kbitc.targets.lower.contraction import ConvAttributes
@@ -51,6 +52,21 @@ def symbolic() -> Compiled:
     return kernels.compile_cases(
         [Case("symbolic", RULE, contraction, np.zeros((1, 70), np.float32))], parse_target(VNNI)
     )
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    need(VNNI)
+    # TVM's ThreadGroup::kSpecifyThreadShareAllCore: threads may be more than the cores that they share.
+    share_cores, core = -3, ["0"]
+    configure = tvm.get_global_func("runtime.config_threadpool")
+    runs = []
+    for threads in (1, 2, 3):
+        configure(share_cores, threads, core)
+        runs.append(compiled(VNNI).run())
+    configure(share_cores, 1, core)
+    for name, wanted in runs[0].items():
+        for other in runs[1:]:
+            np.testing.assert_array_equal(other[name], wanted, err_msg=name)
 
 
 def test_vnni_build_uses_vpdpbusd_on_zmm() -> None:

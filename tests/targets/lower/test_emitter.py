@@ -1,0 +1,168 @@
+"""What the emitter makes of whole graphs: symbolic dimensions, shapes, fusion, weights, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kbitc.errors import UnsupportedError
+from kbitc.graph.legality import LOWERABLE
+from kbitc.targets.lower.emitter import check_lowerable, lower
+from kbitc.targets.lower.registry import standard_operators
+from kbitc.targets.target import parse_target
+from tests.support.lowered import model_of, run_of
+
+RNG = np.random.default_rng(0)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def test_one_build_serves_every_value_of_a_symbol() -> None:
+    runnable = run_of(model_of("g (float[n, 4] x, float[n, 4] y) => (float[n, 4] z) { z = Add(x, y) }"))
+    for rows in (1, 2, 7):
+        x, y = noise(rows, 4), noise(rows, 4)
+        assert np.array_equal(runnable({"x": x, "y": y})[0], x + y)
+
+
+def test_different_symbols_that_must_agree_are_checked_when_the_module_runs() -> None:
+    runnable = run_of(model_of("g (float[n] x, float[m] y) => (float[k] z) { z = Add(x, y) }"))
+    x = noise(3)
+    assert np.array_equal(runnable({"x": x, "y": x})[0], x + x)
+    with pytest.raises(Exception, match="(?i)shape|match|check"):
+        runnable({"x": x, "y": noise(5)})
+
+
+SHAPE_GRAPH = """g (float[n, s, 12] x) => (float[n, a, b, 4] y)
+<int64[1] zero = {0}, int64[1] two = {2}, int64[1] minus = {-1}, int64[1] four = {4}, int64 first = {0}> {
+    shape = Shape(x)
+    n0 = Gather(shape, first)
+    n1 = Unsqueeze(n0, zero)
+    target = Concat<axis = 0>(n1, minus, two, four)
+    y = Reshape(x, target)
+}"""
+
+
+def test_a_shape_subgraph_leaves_no_kernel() -> None:
+    runnable = run_of(model_of(SHAPE_GRAPH))
+    for n, s in ((1, 2), (3, 4)):
+        x = noise(n, s, 12)
+        assert np.array_equal(runnable({"x": x})[0], x.reshape(n, -1, 2, 4))
+    assert not [name for name in runnable.kernels() if "gather" in name or "concat" in name]
+
+
+def test_shape_arithmetic_reaches_slices_and_expand() -> None:
+    text = """g (float[n, 6] x) => (float[m, 6] y, float[n, n] z)
+    <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] none = {0}, int64 first = {0}> {
+        rows = Shape<start = 0, end = 1>(x)
+        half = Div(rows, two)
+        y = Slice(x, half, rows, zero)
+        square = Concat<axis = 0>(rows, rows)
+        column = Slice(x, zero, one, one)
+        z = Expand(column, square)
+    }"""
+    runnable = run_of(model_of(text))
+    for n in (1, 4, 5):
+        x = noise(n, 6)
+        y, z = runnable({"x": x})
+        assert np.array_equal(y, x[n // 2 :])
+        assert np.array_equal(z, np.broadcast_to(x[:, :1], (n, n)))
+
+
+def test_an_elementwise_chain_is_one_kernel() -> None:
+    text = "g (float[n, 8] x) => (float[n, 8] y) { a = Neg(x)\n b = Abs(a)\n c = Floor(b)\n y = Add(c, x) }"
+    runnable = run_of(model_of(text))
+    assert len(runnable.kernels()) == 1
+    x = noise(3, 8)
+    assert np.array_equal(runnable({"x": x})[0], np.floor(np.abs(x)) + x)
+
+
+def test_a_costly_value_with_two_readers_is_computed_once() -> None:
+    text = "g (float[8] x) => (float[8] y, float[8] z) { e = Exp(x)\n y = Neg(e)\n z = Abs(e) }"
+    assert len(run_of(model_of(text)).kernels()) == 3
+
+
+def test_kernels_of_equal_structure_are_made_once() -> None:
+    text = "g (float[4, 8] x) => (float[4, 8] y) { a = Softmax(x)\n b = Softmax(a)\n y = Softmax(b) }"
+    assert len(run_of(model_of(text)).kernels()) == 1
+
+
+def matmul_graph(tail: str) -> str:
+    return (
+        f"g (float[n, 3] x) => (float[n, 2] y) <float[3, 2] w = {{1, 2, 3, 4, 5, 6}}, float[2] b = {{1, -50}}> {tail}"
+    )
+
+
+def test_bias_and_relu_go_into_the_product() -> None:
+    runnable = run_of(model_of(matmul_graph("{ p = MatMul(x, w)\n s = Add(p, b)\n y = Relu(s) }")))
+    assert len(runnable.kernels()) == 1
+    x = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    w = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    assert np.array_equal(runnable({"x": x})[0], np.maximum(x @ w + np.array([1, -50], np.float32), 0))
+
+
+def test_a_bias_is_not_fused_when_the_product_is_read_twice() -> None:
+    text = matmul_graph("{ p = MatMul(x, w)\n s = Add(p, b)\n y = Mul(p, s) }")
+    runnable = run_of(model_of(text))
+    x = np.array([[1, 2, 3]], np.float32)
+    product = x @ np.arange(1, 7, dtype=np.float32).reshape(3, 2)
+    assert np.array_equal(runnable({"x": x})[0], product * (product + np.array([1, -50], np.float32)))
+
+
+def test_weights_are_parameters_and_small_constants_are_not() -> None:
+    text = (
+        "g (float[n, 3] x) => (float[n, 2] y) <float[3, 2] w = {1, 2, 3, 4, 5, 6}> { p = MatMul(x, w)\n y = Add(p, p) }"
+    )
+    weights = run_of(model_of(text)).lowered.weights
+    assert [array.shape for array in weights.values()] == [(2, 1, 3)]
+
+
+def test_an_output_that_is_an_input_is_a_copy() -> None:
+    runnable = run_of(model_of("g (float[n] x) => (float[n] y, float[n] z) { y = Identity(x)\n z = Neg(x) }"))
+    x = noise(4)
+    y, z = runnable({"x": x})
+    assert np.array_equal(y, x) and np.array_equal(z, -x)
+
+
+def test_integer_division_does_not_trap() -> None:
+    runnable = run_of(model_of("g (int32[n] x, int32[n] y) => (int32[n] z) { z = Div(x, y) }"))
+    x = np.array([7, -7, 5, -(2**31)], np.int32)
+    y = np.array([2, 2, 0, -1], np.int32)
+    assert runnable({"x": x, "y": y})[0].tolist() == [3, -3, 0, -(2**31)]
+
+
+def test_nan_passes_relu_and_clip() -> None:
+    text = "g (float[n] x) => (float[n] y, float[n] z) <float low = {0}, float high = {6}>"
+    runnable = run_of(model_of(text + "{ a = Neg(x)\n y = Relu(a)\n z = Clip(a, low, high) }"))
+    x = np.array([np.nan, 1, -2, -9], np.float32)
+    for result, expected in zip(runnable({"x": x}), ([np.nan, 0, 2, 9], [np.nan, 0, 2, 6]), strict=True):
+        assert np.array_equal(result, np.array(expected, np.float32), equal_nan=True)
+
+
+def test_indices_outside_do_not_read_outside() -> None:
+    runnable = run_of(model_of("g (float[3] x, int64[n] i) => (float[n] y) { y = Gather(x, i) }"))
+    x = np.array([1, 2, 3], np.float32)
+    assert runnable({"x": x, "i": np.array([-1, 0, 99, -99])})[0].tolist() == [3, 1, 3, 1]
+
+
+def test_every_node_that_cannot_be_compiled_is_named_in_one_error() -> None:
+    text = "g (float[n, n] x) => (float y, float[a, b] z) { y = Det(x)\n i = NonZero(x)\n z = Cast<to = 1>(i) }"
+    model = model_of(text)
+    with pytest.raises(UnsupportedError) as caught:
+        check_lowerable(model, parse_target("reference"))
+    assert "Det" in str(caught.value) and "NonZero" in str(caught.value)
+    assert str(caught.value).startswith("2 nodes")
+
+
+def test_lowering_does_not_change_the_model() -> None:
+    model = model_of("g (float[1, 2, 5, 5] x) => (float[1, 1, 3, 3] y) <float[1, 2, 3, 3] w = {"
+                     + ", ".join(["1"] * 18) + "}> { y = Conv(x, w) }")  # fmt: skip
+    before = [(node.op_type, node.domain) for node in model.graph]
+    lower(model, parse_target("reference"))
+    assert [(node.op_type, node.domain) for node in model.graph] == before
+
+
+def test_the_table_of_lowerable_operators_agrees_with_the_emitters() -> None:
+    """What the legality check lets through has an emitter; what has none is refused there."""
+    assert set(LOWERABLE) - standard_operators() == set()

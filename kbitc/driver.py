@@ -140,6 +140,7 @@ def run_quantization(
     source: Source, options: CompileOptions, target: Target, calibration: Any, trace: Trace
 ) -> Quantized:
     """Stages 1 to 7."""
+    from kbitc.graph import legality
     from kbitc.graph.text import model_text
     from kbitc.importer import load_model
     from kbitc.importer.feeds import sample_feeds
@@ -150,9 +151,11 @@ def run_quantization(
     trace.dump("00-options.json", options.text)
     with trace.stage("import"):
         imported = load_model(source, shapes=dict(map(parse_shape, options.shapes)))
+        legality.require(legality.after_import(imported), "import")
         trace.dump("01-import.onnx.txt", lambda: model_text(imported))
     with trace.stage("canonicalise"):
         original = canonicalize(imported)
+        legality.require(legality.after_canonicalize(original), "canonicalisation")
         trace.dump("02-canonical.onnx.txt", lambda: model_text(original))
     with trace.stage("check target"):
         check_target(original, target)
@@ -163,6 +166,7 @@ def run_quantization(
     with trace.stage("quantize"):
         tensors, weights = solve(original, plan, kinds)
         quantized = rewrite(original, plan, tensors, kinds)
+        legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
         references = reference_runs(original, quantized, feeds, data)

@@ -26,7 +26,8 @@ BODY = """g (float[batch, 40] x) => (float[batch, 7] y) {
 def _write_model(path: Path, *, first: np.ndarray | None = None) -> Path:
     random = np.random.default_rng(11)
     proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {BODY}')
-    weights = {"first": random.normal(size=(40, 33)), "bias": random.normal(size=33), "second": random.normal(size=(33, 7))}
+    shapes = {"first": (40, 33), "bias": (33,), "second": (33, 7)}
+    weights = {name: random.normal(size=shape) for name, shape in shapes.items()}
     if first is not None:
         weights["first"] = first
     for name, array in weights.items():
@@ -71,7 +72,8 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, o
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
-    script = "import sys, kbitc.cli; print(sorted(m for m in ('tvm','numpy','onnx','rich','onnxruntime') if m in sys.modules))"
+    heavy = "('tvm', 'numpy', 'onnx', 'rich', 'onnxruntime')"
+    script = f"import sys, kbitc.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout == "[]\n"
 
 
@@ -107,7 +109,8 @@ def test_run_writes_what_the_quantized_onnx_gives(
     with np.load(feeds) as arrays, np.load(tmp_path / "outs.npz") as outputs:
         expected = session.run(None, dict(arrays))[0]
         # The same int8 codes and integer sums; float32 sums of at most 40 terms in another order.
-        np.testing.assert_allclose(outputs["y"], expected, rtol=0, atol=40 * np.finfo(np.float32).eps * np.abs(expected).max())
+        bound = 40 * np.finfo(np.float32).eps * np.abs(expected).max()
+        np.testing.assert_allclose(outputs["y"], expected, rtol=0, atol=bound)
 
 
 def test_verify_inspect_targets_and_bench_speak(

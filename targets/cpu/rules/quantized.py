@@ -89,29 +89,24 @@ class IntegerProduct:
 
 @dataclass(frozen=True)
 class WeightOnlyProduct:
-    """Matrix products and ungrouped convolutions of float activations: `kernels/wgemm.py`."""
+    """Matrix products of float activations: `kernels/wgemm.py`."""
 
     name: str = "weight_only_product"
 
     def match(self, contraction: Contraction, target: Target) -> str | None:
-        """None for a matmul or ungrouped conv with a quantized weight and float activations."""
-        if contraction.kind not in ("matmul", "conv"):
-            return f"a {contraction.kind} is not a product with a weight"
-        if contraction.conv is not None and contraction.conv.group != 1:
-            return f"the convolution has {contraction.conv.group} groups"
+        """None for a matmul with a quantized weight and float activations."""
+        if contraction.kind != "matmul":
+            return f"a {contraction.kind} is not a matrix product"
         return _weight_only(contraction, target)
 
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
-        """Give the activation its border where it has one, then multiply."""
+        """One kernel, which dequantizes in registers."""
         weight = quantized_weight(contraction)
         spec = weight_only_spec(contraction, weight)
         isa = for_dot(ctx.target.dot)
-        name = f"wgemm_{contraction.kind}"
-        func = cached(ctx, (name, repr(spec), isa.name), lambda: make_wgemm(spec, isa, name))
-        x = bordered(ctx, contraction, inputs[0])
-        return ctx.call(
-            func, name, [x, *weight_parameters(ctx, contraction, weight)], [(contraction.out_shape, "float32")]
-        )
+        func = cached(ctx, ("wgemm", repr(spec), isa.name), lambda: make_wgemm(spec, isa, "wgemm"))
+        given = [inputs[0], *weight_parameters(ctx, contraction, weight)]
+        return ctx.call(func, "wgemm", given, [(contraction.out_shape, "float32")])
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def _is_depthwise(contraction: Contraction) -> bool:
     if contraction.conv is None or weight is None:
         raise InternalError("a convolution without geometry or weight", where=contraction.name)
     n, _, channels = weight.shape
-    return channels == 1 and contraction.conv.group == n
+    return bool(channels == 1 and contraction.conv.group == n)
 
 
 def _unpacked(ctx: EmitContext, contraction: Contraction) -> RelaxExpr:

@@ -6,9 +6,9 @@ from functools import cache
 
 import numpy as np
 import pytest
-import tvm
 from tvm import tirx
 
+from kbitc.bundle.engine import set_threads
 from kbitc.targets.lower.contraction import ConvAttributes
 from kbitc.targets.target import parse_target
 from tests.support import kernels
@@ -56,14 +56,11 @@ def symbolic() -> Compiled:
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     need(VNNI)
-    # TVM's ThreadGroup::kSpecifyThreadShareAllCore: threads may be more than the cores that they share.
-    share_cores, core = -3, ["0"]
-    configure = tvm.get_global_func("runtime.config_threadpool")
     runs = []
-    for threads in (1, 2, 3):
-        configure(share_cores, threads, core)
+    for threads in (1, 2):
+        set_threads(threads)
         runs.append(compiled(VNNI).run())
-    configure(share_cores, 1, core)
+    set_threads(1)
     for name, wanted in runs[0].items():
         for other in runs[1:]:
             np.testing.assert_array_equal(other[name], wanted, err_msg=name)

@@ -10,6 +10,7 @@ import pytest
 from tvm import tirx
 
 from kbitc.targets.cpu.rules.quantized import PackedEmbedding, WeightOnlyGroupedConv, WeightOnlyProduct
+from kbitc.targets.cpu.rules.unpacked import UnpackedConv
 from kbitc.targets.lower.contraction import RELU, Contraction, ConvAttributes
 from kbitc.targets.target import parse_target
 from tests.support import kernels
@@ -33,7 +34,8 @@ def _convolution(
     weight = kernels.random_weight(scheme, shape)
     contraction = kernels.convolution(name, weight, image, geometry, "float32")
     x = RANDOM.standard_normal(contraction.x_shape).astype(np.float32)
-    return Case(name, WeightOnlyProduct() if geometry.group == 1 else WeightOnlyGroupedConv(), contraction, x)
+    grouped = geometry.group not in (1, shape[0])
+    return Case(name, WeightOnlyGroupedConv() if grouped else UnpackedConv(), contraction, x)
 
 
 def _embedding(name: str, scheme: str, rows: int, channels: int, dtype: Any = np.int64) -> Case:
@@ -61,6 +63,8 @@ PRODUCTS = (
     _convolution("conv", "int4:b32", (24, 9, 40), (2, 7, 9), ConvAttributes((3, 3), (2, 1), (1, 1, 1, 1))),
     _convolution("depthwise", "int4:b32", (32, 9, 1), (2, 6, 7), ConvAttributes(**{**vars(SAME), "group": 32})),
     _convolution("ragged", "nf3:c", (20, 25, 1), (1, 7, 6), ConvAttributes((5, 5), (2, 2), (2, 2, 2, 2), group=20)),
+    _convolution("stem", "uint3:c", (24, 9, 3), (2, 7, 9), ConvAttributes((3, 3), (2, 2), (1, 1, 1, 1))),
+    _convolution("wide", "int2:t", (17, 3, 50), (1, 1, 9), ConvAttributes((1, 3), (1, 1), (0, 1, 0, 1))),
     _convolution("grouped", "uint5:b32", (12, 4, 6), (1, 5, 6), ConvAttributes((2, 2), (1, 1), (0, 1, 1, 0), group=3)),
     _convolution("multiplier", "int6:b32", (18, 9, 1), (1, 4, 4), ConvAttributes((3, 3), dilations=(1, 1), group=6)),
 )

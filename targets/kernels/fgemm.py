@@ -19,7 +19,7 @@ from tvm import tirx
 
 from kbitc.quant.packing import LANES, round_up
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.ftile import Registers, Sums, held_index
+from kbitc.targets.kernels.ftile import Registers, Sums
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import clamp, row_tasks
 from kbitc.targets.lower.contraction import PostFunction
@@ -125,12 +125,12 @@ class _Generator:
         """One register tile from zero to its results in memory."""
         spec, lanes = self.spec, self.registers.lanes
         group = v.bind(tirx.truncdiv(first, v.i64(spec.group_tiles))) if spec.groups > 1 else v.i64(0)
-        base = [held_index(self.rows.base(row + r) * self.width + group * spec.channels) for r in range(rows)]
+        base = [v.held_index(self.rows.base(row + r) * self.width + group * spec.channels) for r in range(rows)]
         sums = Sums(self.registers, rows, tiles)
         runs, length = spec.runs
 
         def run(which: Expr) -> None:
-            starts = [held_index(b + self._offset(which)) for b in base] if runs > 1 else base
+            starts = [v.held_index(b + self._offset(which)) for b in base] if runs > 1 else base
             at = v.bind(which * length)
             sums.add(
                 length,

@@ -75,16 +75,6 @@ def registers_of(target: Target) -> Registers:
     return Registers(min(target.lanes, LANES), target.registers)
 
 
-def held_index(value: Expr) -> Expr:
-    """An index that is computed once and kept in memory that LLVM turns into a register.
-
-    Unlike `v.bind`, it is opaque to TVM's simplifier, whose work grows exponentially with chains of divisions.
-    """
-    place = v.register(1, "int64")
-    v.store(place, [0], value, 1)
-    return v.load(place, [0], 1)
-
-
 class Sums:
     """The accumulators of one register tile, by (row, 16-channel tile, part)."""
 

@@ -184,7 +184,7 @@ class _Generator:
         table = self.feed.table
         self.table = None if table is None else [v.bind(part) for part in self.isa.table(table)]
         out_rows = [v.bind(row + r) for r in range(rows)]
-        tile = _Tile([v.bind(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
+        tile = _Tile([v.held_index(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
         lanes = self.isa.lanes
         for key in self._keys(tile):
             tile.sums[key] = v.register(lanes, "float32")
@@ -199,7 +199,7 @@ class _Generator:
         """All blocks of one tap. Blocks of an odd number of half units alternate in where they start."""
         spec = self.spec
         offset = self.rows.tap_offset(tap)
-        source = [v.bind(base + offset) for base in tile.base]
+        source = [v.held_index(base + offset) for base in tile.base] if spec.taps > 1 else tile.base
         body = _Block(self, tile, tap, source)
         halves, whole = spec.block // (UNIT // 2), spec.channels // spec.block
         if spec.block >= spec.channels:

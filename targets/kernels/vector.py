@@ -112,6 +112,16 @@ def put(buffer: Buffer, value: Expr, lanes: int) -> None:
     store(buffer, [0], value, lanes)
 
 
+def held_index(value: Expr) -> Expr:
+    """An index that is computed once and kept in memory that LLVM turns into a register.
+
+    Unlike `bind`, it is opaque to TVM's simplifier, whose work grows exponentially with chains of divisions.
+    """
+    place = register(1, "int64")
+    store(place, [0], value, 1)
+    return load(place, [0], 1)
+
+
 def bytes_vector(values: npt.NDArray[np.uint8]) -> Expr:
     """A constant uint8 vector; a multiple of 16 bytes. Built of 64-bit words, which LLVM folds at once."""
     words = values.view(np.int64)

@@ -187,7 +187,7 @@ class _Generator:
         """One register tile from zero to its results in memory."""
         self.decoder.prepare()
         out_rows = [v.bind(row + r) for r in range(rows)]
-        tile = _Tile([v.bind(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
+        tile = _Tile([v.held_index(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
         lanes = self.isa.lanes
         for key in self._keys(tile):
             tile.sums[key] = v.register(lanes, "float32")
@@ -208,7 +208,7 @@ class _Generator:
         """Half units in order, so that every block is whole half units whatever its size."""
         half = UNIT // 2
         offset = self.rows.tap_offset(tap)
-        source = [v.bind(base + offset) for base in tile.base]
+        source = [v.held_index(base + offset) for base in tile.base] if self.spec.taps > 1 else tile.base
         whole, rest = divmod(self.spec.channels, UNIT)
         v.loop(whole, lambda unit: self._unit(tile, tap, source, unit, (half, half)))
         if rest:

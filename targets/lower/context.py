@@ -172,6 +172,9 @@ class Context:
             return Constant(value.array.reshape(shape), value.dtype, value.name)
         if dims.same_shape(value.shape, shape):
             return value
+        if any(dims.is_static(dim) and dim == 0 for dim in shape):
+            dtype = dtypes.storage(value.dtype)
+            return Lazy(lambda group, indices: number(0, dtype), shape, value.dtype, cost=0)  # it has no elements
         if isinstance(value, Lazy):
             moved = _without_ones(value, shape)
             if moved is not None:

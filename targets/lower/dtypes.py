@@ -81,6 +81,5 @@ def from_tensor(tensor: Any, where: str) -> tuple[npt.NDArray[Any], str]:
 
 def numpy_type(dtype: str) -> np.dtype[Any]:
     """The numpy type of a tvm type name."""
-    if dtype == "bfloat16":
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(storage(dtype))
+    found: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else storage(dtype))
+    return found

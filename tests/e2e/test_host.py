@@ -140,7 +140,10 @@ except SystemExit as done:
 usage = resource.getrusage(resource.RUSAGE_SELF)
 children = resource.getrusage(resource.RUSAGE_CHILDREN)
 seconds = usage.ru_utime + usage.ru_stime + children.ru_utime + children.ru_stime
-print(usage.ru_maxrss * 1024, seconds, file=sys.stderr)
+# Not ru_maxrss: that of a vforked child starts at its parent's peak.
+with open("/proc/self/status") as status:
+    peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+print(int(peak) * 1024, seconds, file=sys.stderr)
 """
 
 
@@ -153,6 +156,7 @@ def test_minilm_compiles_in_a_minute_and_in_bounded_memory(real_models: dict[str
     assert done.returncode == 0, done.stderr
     peak, seconds = map(float, done.stderr.split()[-2:])
     float_weights = real_models["minilm"].stat().st_size
+    print(f"peak {peak / 1e9:.3f} GB, {seconds:.0f} s of processor time")
     assert peak < 3 * float_weights + 1e9, f"{peak / 1e9:.2f} GB"
     # Processor time, because the wall time of a busy machine says nothing: two cores give 120 s in a minute.
     assert seconds < 60 * min(2, os.cpu_count() or 1), f"{seconds:.0f} s"

@@ -71,9 +71,11 @@ def _guarded(a: Expr, b: Expr, function: Binary, by_minus_one: Callable[[Expr], 
 
     def safe(d: Expr) -> Expr:
         result = function(a, d)
+        # tvm's analysis of conditions fails on unsigned numbers.
+        signed = scalar.cast(d, "int64")
         if not scalar.dtype_of(a).startswith("uint"):
-            result = tirx.if_then_else(d == const(-1, a), by_minus_one(a), result)
-        return tirx.if_then_else(d == const(0, a), const(0, a), result)
+            result = tirx.if_then_else(signed == const(-1, signed), by_minus_one(a), result)
+        return tirx.if_then_else(signed == const(0, signed), const(0, a), result)
 
     return named(b, safe)
 
@@ -215,9 +217,10 @@ def shift(ctx: Context, node: ir.Node) -> Value:
     bits = int("".join(char for char in operands[0].dtype if char.isdigit()))
 
     def function(x: Expr, distance: Expr) -> Expr:
-        inside = select(distance < const(bits, x), distance, const(0, x))
-        moved = (x << inside) if left else (x >> inside)
-        return select(distance < const(bits, x), moved, const(0, x))
+        # tvm's analysis of conditions fails on unsigned numbers.
+        signed = scalar.cast(distance, "int64")
+        inside = tirx.And(signed >= const(0, signed), signed < const(bits, signed))
+        return select(inside, (x << distance) if left else (x >> distance), const(0, x))
 
     return elementwise(ctx, node, operands, function, cost=3)
 

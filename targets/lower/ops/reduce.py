@@ -19,10 +19,19 @@ from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Expr, Index, Lazy, Value
 
 Scalar = Callable[[Expr], Expr]
+
+
+def _bound(dtype: str, lowest: bool) -> Expr:
+    """The identity of a maximum (lowest) or minimum: for floats an infinity, which te.max does not use."""
+    if dtypes.is_float(dtype):
+        return tirx.const(float("-inf") if lowest else float("inf"), dtype)
+    return tirx.min_value(dtype) if lowest else tirx.max_value(dtype)
+
+
 _REDUCERS: dict[str, Any] = {
     "sum": te.sum,
-    "max": te.max,
-    "min": te.min,
+    "max": te.comm_reducer(tirx.max, lambda dtype: _bound(dtype, True), name="max"),
+    "min": te.comm_reducer(tirx.min, lambda dtype: _bound(dtype, False), name="min"),
     "prod": te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="prod"),
 }
 

@@ -155,9 +155,10 @@ def _batches(arrays: dict[str, Array], inputs: Sequence[ModelInput], where: str)
     cut = {name: count for name, count in counts.items() if count is not None}
     if not cut:
         return [{item.name: fit(arrays[item.name], item, where) for item in inputs}], 0
-    samples, size = _common(cut, inputs, arrays, where)
+    samples, size, fixed = _common(cut, inputs, arrays, where)
+    left = samples % size if fixed else 0
     batches = []
-    for start in range(0, samples - size + 1, size):
+    for start in range(0, samples - left, size):
         feeds = {
             item.name: fit(
                 arrays[item.name][start : start + size] if item.name in cut else arrays[item.name], item, where, start
@@ -167,7 +168,7 @@ def _batches(arrays: dict[str, Array], inputs: Sequence[ModelInput], where: str)
         batches.append(feeds)
         if len(batches) >= MAX_BATCHES:
             return batches, 0
-    return batches, samples % size
+    return batches, left
 
 
 def _count(array: Array, item: ModelInput, where: str) -> int | None:
@@ -180,8 +181,10 @@ def _count(array: Array, item: ModelInput, where: str) -> int | None:
     return int(array.shape[0])
 
 
-def _common(cut: dict[str, int], inputs: Sequence[ModelInput], arrays: dict[str, Array], where: str) -> tuple[int, int]:
-    """(samples, batch size) that all arrays that are cut agree on."""
+def _common(
+    cut: dict[str, int], inputs: Sequence[ModelInput], arrays: dict[str, Array], where: str
+) -> tuple[int, int, bool]:
+    """(samples, batch size, whether the model fixes that size) that all arrays that are cut agree on."""
     if len(set(cut.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in cut.items())
         raise CalibrationError("the arrays hold different numbers of samples", where=where, got=listed)
@@ -199,7 +202,7 @@ def _common(cut: dict[str, int], inputs: Sequence[ModelInput], arrays: dict[str,
             where=f"{where}, array {name!r}",
             got=f"{samples}, the model's batch is {size}",
         )
-    return samples, size
+    return samples, size, bool(fixed)
 
 
 def _check_rank(array: Array, item: Input, where: str) -> None:

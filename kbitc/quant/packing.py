@@ -6,6 +6,9 @@ to n = b // 4 and j = b % 4; a unit has 8 *steps*, step s holds c = 32 * unit + 
 split into planes of power-of-two width, widest first; vector v of a plane of width w holds the steps
 v * 8/w .. (v + 1) * 8/w - 1, step s at bit w * (s mod 8/w) of each byte. So once a step's bits are masked out,
 a vector is 16 lanes (n) times 4 bytes (c): the operand of a four-way integer dot product on every target.
+
+A convolution of float activations with one scale a channel is packed as [N, 1, T * C] on CPUs: its taps lie side by
+side, so that nine taps of one channel fill one unit and not nine.
 """
 
 from __future__ import annotations

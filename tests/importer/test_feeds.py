@@ -40,8 +40,9 @@ def test_batches_have_the_size_the_model_wants(subject: ir.Model, tmp_path: Path
 
 def test_an_open_batch_and_further_inputs(tmp_path: Path) -> None:
     subject = model("g (float[N, 8] x, int64 k) => (float[] y) { f = Cast<to = 1>(k) \n y = Mul(x, f) }")
-    feeds, _ = sample_feeds(subject, save(tmp_path / "d.npz", x=noise(19, 8), k=np.array(3)))
-    assert [feed["x"].shape[0] for feed in feeds] == [8, 8]
+    feeds, note = sample_feeds(subject, save(tmp_path / "d.npz", x=noise(19, 8), k=np.array(3)))
+    assert [feed["x"].shape[0] for feed in feeds] == [8, 8, 3]
+    assert "left out" not in note
     assert all(feed["k"] == 3 for feed in feeds)
 
 

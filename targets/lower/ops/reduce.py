@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -21,17 +22,35 @@ from kbitc.targets.lower.values import Expr, Index, Lazy, Value
 Scalar = Callable[[Expr], Expr]
 
 
-def _bound(dtype: str, lowest: bool) -> Expr:
-    """The identity of a maximum (lowest) or minimum: for floats an infinity, which te.max does not use."""
-    if dtypes.is_float(dtype):
-        return tirx.const(float("-inf") if lowest else float("inf"), dtype)
-    return tirx.min_value(dtype) if lowest else tirx.max_value(dtype)
+@dataclass(frozen=True)
+class Key:
+    """Integers in the order of floats, so that the identity of a maximum lies below -infinity.
 
+    te.max of floats starts at the lowest finite number, and TVM's schedules know no other start.
+    The bits of a float are already in order, except that those of negative ones run backwards.
+
+    Attributes:
+        integer: type of the key.
+        magnitude: all bits but the sign.
+        sign_place: number of the sign bit.
+    """
+
+    integer: str
+    magnitude: int
+    sign_place: int
+
+    def turned(self, bits: Expr) -> Expr:
+        """Bits of a float to its key, or a key to the bits: the same exchange both ways."""
+        negative = bits >> tirx.const(self.sign_place, self.integer)
+        return bits ^ (negative & tirx.const(self.magnitude, self.integer))
+
+
+KEYS = {"float32": Key("int32", 0x7FFFFFFF, 31), "float64": Key("int64", 0x7FFFFFFFFFFFFFFF, 63)}
 
 _REDUCERS: dict[str, Any] = {
     "sum": te.sum,
-    "max": te.comm_reducer(tirx.max, lambda dtype: _bound(dtype, True), name="max"),
-    "min": te.comm_reducer(tirx.min, lambda dtype: _bound(dtype, False), name="min"),
+    "max": te.max,
+    "min": te.min,
     "prod": te.comm_reducer(lambda a, b: a * b, lambda dtype: tirx.const(1, dtype), name="prod"),
 }
 
@@ -54,6 +73,7 @@ def reduced(
     if any(dim_is(source.shape[axis], 0) for axis in axes):
         return filled(shape, _identity(reducer, wide), wide)
     lazy = ctx.lazy(source)
+    key = KEYS.get(wide) if reducer in ("max", "min") else None
 
     def build(group: Group) -> list[TeTensor]:
         loops = {axis: te.reduce_axis((0, dims.expression(source.shape[axis])), f"k{axis}") for axis in axes}
@@ -62,11 +82,21 @@ def reduced(
             kept = iter(indices)
             own = [loops[axis].var if axis in loops else next(kept) for axis in range(len(source.shape))]
             value = scalar.cast(lazy.element(group, own), wide)
-            return _REDUCERS[reducer](value if prepare is None else named(value, prepare), axis=list(loops.values()))
+            value = value if prepare is None else named(value, prepare)
+            if key is not None:
+                value = named(tirx.reinterpret(key.integer, value), key.turned)
+            return _REDUCERS[reducer](value, axis=list(loops.values()))
 
         return [compute(shape, element, name)]
 
-    return ctx.kernel(name, [(shape, wide)], build, kind="reduce")[0]
+    if key is None:
+        return ctx.kernel(name, [(shape, wide)], build, kind="reduce")[0]
+    found = ctx.lazy(ctx.kernel(name, [(shape, key.integer)], build, kind="reduce")[0])
+
+    def decoded(group: Group, indices: Sequence[Index]) -> Expr:
+        return tirx.reinterpret(wide, named(found.element(group, indices), key.turned))
+
+    return Lazy(decoded, shape, wide, cost=3)
 
 
 def _identity(reducer: str, dtype: str) -> float:

@@ -42,6 +42,16 @@ g (float[1, 6, H, W] x) => (float[1, 10, h, w] y)
   y = Conv <kernel_shape = [1, 1]> (p, w4)
 }
 """
+WIDE = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[1, 40, H, W] x) => (float[1, 17, h, w] y)
+<float[48, 40, 3, 3] w1, float[48] b1, float[17, 48, 1, 1] w2>
+{
+  a = Conv <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> (x, w1, b1)
+  r = Relu (a)
+  y = Conv <kernel_shape = [1, 1]> (r, w2)
+}
+"""
 EMBEDDING = """
 <ir_version: 10, opset_import: ["" : 21]>
 g (int64[B, S] ids) => (float[B, S, 17] y, float[B, 40] m)
@@ -128,8 +138,8 @@ def test_embedding_and_product_with_float_activations(
 
 @pytest.mark.parametrize("scheme", ["int4:b32", pytest.param("uint6:b16:zp", marks=pytest.mark.slow)])
 def test_codes_and_accumulators_equal_those_of_x86(emulator: Emulator, tmp_path: Path, scheme: str) -> None:
-    feeds = {"x": np.random.default_rng(1).standard_normal((1, 6, 13, 10)).astype(np.float32)}
-    assert emulator.run(against_x86, made(CONVOLUTIONS, tmp_path), scheme, feeds) == []
+    feeds = {"x": np.random.default_rng(1).standard_normal((1, 40, 13, 10)).astype(np.float32)}
+    assert emulator.run(against_x86, made(WIDE, tmp_path), scheme, feeds) == []
     ids = np.random.default_rng(2).integers(0, 50, (2, 9))
     assert emulator.run(against_x86, made(EMBEDDING, tmp_path), scheme, {"ids": ids}) == []
 

@@ -174,6 +174,7 @@ def test_requirements_say_how_to_get_what_is_missing(target: Target, monkeypatch
     monkeypatch.setattr(machine, "tool", lambda *names: None)
     monkeypatch.setattr(machine, "has_module", lambda name: False)
     monkeypatch.setattr(toolchain, "missing", lambda: "no compiler")
+    monkeypatch.setattr(toolchain, "find_runtime", lambda: None)
     needed = targets.requirements(target)
     compiling = [item for item in needed if item.purpose == "compile"]
     assert compiling

@@ -18,7 +18,7 @@ from kbitc import catalog
 from kbitc.errors import UsageError
 from kbitc.graph import ops
 from kbitc.options import CompileOptions
-from kbitc.quant.plan import QuantPlan
+from kbitc.quant.plan import INT8, QuantPlan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
 
@@ -123,7 +123,7 @@ def compile_model(
             staging.write_weights(built.weights)
         with trace.stage("verify"):
             measured = accuracy.measure(made.references, staged_module(staging, built, target))
-            accuracy.check_lowering(measured)
+            accuracy.check_lowering(measured, any(entry.activation == INT8 for entry in made.plan.quantized()))
             accuracy.check_floor(measured, options.min_sqnr)
         trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
         weights = with_packed_sizes(made.weights, built.weights)
@@ -244,7 +244,7 @@ def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds
     blocks = {
         node: tensors[entry.tensor].block
         for entry in plan.quantized()
-        if entry.activation == "int8"
+        if entry.activation == INT8
         for node in entry.nodes
     }
     needed = quantize_activations(copy, blocks)

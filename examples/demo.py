@@ -69,12 +69,10 @@ def demonstrate(task: Task, bundle: Path, bits: int) -> list[str]:
     )
     return [
         task.title,
-        f"{task.model.stat().st_size / 1e6:.1f}",
-        f"{report['bytes']['weights.safetensors'] / 1e6:.1f}",
-        task.describe(task.measure(reference, reference)),
-        task.describe(task.measure(reference, outputs)),
-        f"{1e3 * timing.median('float'):.2f}",
-        f"{1e3 * timing.median('kbitc'):.2f}",
+        f"{task.model.stat().st_size / 1e6:.1f} → {report['bytes']['weights.safetensors'] / 1e6:.1f}",
+        " " + task.describe(task.measure(reference, reference)),
+        " " + task.describe(task.measure(reference, outputs)),
+        f"{1e3 * timing.median('float'):.1f} → {1e3 * timing.median('kbitc'):.1f}",
         f"{timing.speed('kbitc', 'float'):.2f}x",
     ]
 
@@ -96,14 +94,14 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     chosen = options.models or default_models()
 
-    table = Table(title=f"{options.bits}-bit weights against float, one thread", title_justify="left", box=SIMPLE_HEAD)
-    table.add_column("model", no_wrap=True)
-    for heading in ("MB", f"MB {options.bits} bits"):
-        table.add_column(heading, justify="right")
+    title = f"{options.bits}-bit weights against float in onnxruntime, one thread"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("model ", no_wrap=True)
+    table.add_column("megabytes ", justify="right", no_wrap=True)
     for heading in ("float", f"{options.bits} bits"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("ms float", "ms kbitc", "speed"):
-        table.add_column(heading, justify="right")
+        table.add_column(f" {heading}", no_wrap=True)
+    for heading in (" ms", " speed"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name in chosen:
         try:
             task = TASKS[name]()
@@ -111,7 +109,8 @@ def main() -> None:
             raise SystemExit(f"demo: {error}") from None
         table.add_row(*demonstrate(task, options.out / f"{name}-{options.bits}bit.kbit", options.bits))
     console.print(table)
-    console.print("MB: the model file, and the packed weights. float: onnxruntime. Bundles are in", str(options.out))
+    console.print("megabytes: the model file, and the packed weights; ms: median of a call.")
+    console.print(f"The bundles are in {options.out}", highlight=False, soft_wrap=True)
     if options.models is None and "minilm" not in chosen:
         console.print("MiniLM was left out: its export needs torch (pip install torch==2.13.0; the CPU build will do).")
 

@@ -12,6 +12,8 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from kbitc.graph import integer_functions
+
 DOMAIN = "kbitc"
 DYNAMIC_QUANTIZE = "DynamicQuantize"
 DEQUANTIZE = "DequantizeKBit"
@@ -123,6 +125,9 @@ DequantizeKBit <bits, block> (stream, grid, scales, zeros, shape) => (Y) {{
 }}""",
 }
 
+# name -> functions that its body calls.
+_CALLS = {DEQUANTIZE: (UNPACK,)} | integer_functions.CALLS
+
 
 def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
     """Put the named functions into the model, once each, and import their domain.
@@ -132,11 +137,12 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         names: function names of this domain; those that call others bring them along.
         opset: ONNX operator set version of the bodies.
     """
+    bodies = _BODIES | integer_functions.BODIES
     wanted = set(names)
-    if DEQUANTIZE in wanted:
-        wanted.add(UNPACK)
+    for name in tuple(wanted):
+        wanted.update(_CALLS.get(name, ()))
     for name in sorted(wanted):
-        text = _BODIES[name].format(opset=opset, tiny=MIN_AMAX, limit=ACTIVATION_LIMIT)
+        text = bodies[name].format(opset=opset, tiny=MIN_AMAX, limit=ACTIVATION_LIMIT)
         proto = onnx.parser.parse_function(text)
         function = ir.serde.deserialize_function(proto)
         model.functions[function.identifier()] = function

@@ -1,0 +1,248 @@
+"""Model-local ONNX functions of integer graphs, and what they mean in numpy.
+
+All arithmetic is on integers, so every runtime and every target must give the same numbers. ONNX has no arithmetic
+shift of signed integers: the bodies add an offset that makes the sum positive, shift that as an unsigned number, and
+subtract the shifted offset, which is floor(x / 2^shift) exactly. They limit int64 by Less and Where: Clip, Min and Max
+of onnxruntime 1.31 are wrong for int64 numbers in [2^31, 2^32).
+
+The one rounding rule: a product is divided by 2^shift rounding half up, floor((x + 2^(shift - 1)) / 2^shift).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kbitc.quant.packing import unpack_dense
+
+REQUANTIZE = "Requantize"
+INTEGER_ADD = "IntegerAdd"
+INTEGER_MUL = "IntegerMul"
+TABLE = "Table"
+LEVELS = "LevelsKBit"
+BLOCK_LEVELS = "BlockLevelsKBit"
+
+#: A multiplier of Requantize is 0 or in [2^30, 2^31), its shift in 1 .. 62.
+MULTIPLIER_BITS = 31
+MAX_SHIFT = 62
+#: A multiplier of IntegerAdd is at most 2^21 in magnitude, its shift in 1 .. 30: 2 * 255 * 2^21 < 2^30.
+ADD_MULTIPLIER_LIMIT = 1 << 21
+ADD_MAX_SHIFT = 30
+
+IntArray = npt.NDArray[np.integer[Any]]
+
+# name -> functions of this domain that its body calls.
+CALLS: dict[str, tuple[str, ...]] = {LEVELS: ("UnpackKBit",), BLOCK_LEVELS: ("UnpackKBit",)}
+
+BODIES = {
+    # acc i32, multiplier i32 [1] or [N] along axis >= 0, shift i32 likewise, zero i32 scalar -> u8 like acc.
+    REQUANTIZE: """
+<domain: "kbitc", opset_import: ["" : {opset}]>
+Requantize <axis, low, high> (acc, multiplier, shift, zero) => (Y) {{
+    one = Constant<value_ints = [1]>()
+    minus = Constant<value_ints = [-1]>()
+    end = Constant<value_ints = [1000]>()
+    axis0 = Constant<value_int: int = @axis>()
+    after = Add(axis0, one)
+    dims = Shape(acc)
+    behind = Slice(dims, after, end)
+    behind_rank = Shape(behind)
+    ones = ConstantOfShape<value = int64[1] {{1}}>(behind_rank)
+    channel_shape = Concat<axis = 0>(minus, ones)
+    multiplier1 = Reshape(multiplier, channel_shape)
+    shift1 = Reshape(shift, channel_shape)
+    wide = Cast<to = 7>(acc)
+    multiplier2 = Cast<to = 7>(multiplier1)
+    product = Mul(wide, multiplier2)
+    offset = Constant<value = int64 {{4611686018427387904}}>()
+    raised = Add(product, offset)
+    raised_u = Cast<to = 13>(raised)
+    shift2 = Cast<to = 13>(shift1)
+    unit = Constant<value = uint64 {{1}}>()
+    half_shift = Sub(shift2, unit)
+    half = BitShift<direction = "LEFT">(unit, half_shift)
+    rounded = Add(raised_u, half)
+    shifted_u = BitShift<direction = "RIGHT">(rounded, shift2)
+    shifted = Cast<to = 7>(shifted_u)
+    offset_u = Cast<to = 13>(offset)
+    lowered_u = BitShift<direction = "RIGHT">(offset_u, shift2)
+    lowered = Cast<to = 7>(lowered_u)
+    quotient = Sub(shifted, lowered)
+    zero1 = Cast<to = 7>(zero)
+    moved = Add(quotient, zero1)
+    low0 = Constant<value_int: int = @low>()
+    high0 = Constant<value_int: int = @high>()
+    is_low = Less(moved, low0)
+    floored = Where(is_low, low0, moved)
+    is_high = Less(high0, floored)
+    clipped = Where(is_high, high0, floored)
+    Y = Cast<to = 2>(clipped)
+}}""",
+    # a u8, b u8 (broadcast); a_zero, b_zero, a_mult, b_mult, shift, zero i32 scalars -> u8.
+    INTEGER_ADD: """
+<domain: "kbitc", opset_import: ["" : {opset}]>
+IntegerAdd <low, high> (a, b, a_zero, b_zero, a_mult, b_mult, shift, zero) => (Y) {{
+    a1 = Cast<to = 6>(a)
+    b1 = Cast<to = 6>(b)
+    a2 = Sub(a1, a_zero)
+    b2 = Sub(b1, b_zero)
+    a3 = Mul(a2, a_mult)
+    b3 = Mul(b2, b_mult)
+    sum = Add(a3, b3)
+    offset = Constant<value = int32 {{1073741824}}>()
+    raised = Add(sum, offset)
+    raised_u = Cast<to = 12>(raised)
+    shift_u = Cast<to = 12>(shift)
+    unit = Constant<value = uint32 {{1}}>()
+    half_shift = Sub(shift_u, unit)
+    half = BitShift<direction = "LEFT">(unit, half_shift)
+    rounded = Add(raised_u, half)
+    shifted_u = BitShift<direction = "RIGHT">(rounded, shift_u)
+    shifted = Cast<to = 6>(shifted_u)
+    offset_u = Cast<to = 12>(offset)
+    lowered_u = BitShift<direction = "RIGHT">(offset_u, shift_u)
+    lowered = Cast<to = 6>(lowered_u)
+    quotient = Sub(shifted, lowered)
+    moved = Add(quotient, zero)
+    low0 = Constant<value_int: int = @low>()
+    low1 = Cast<to = 6>(low0)
+    high0 = Constant<value_int: int = @high>()
+    high1 = Cast<to = 6>(high0)
+    clipped = Clip(moved, low1, high1)
+    Y = Cast<to = 2>(clipped)
+}}""",
+    # a u8, b u8 (broadcast), a_zero, b_zero i32 scalars -> i32.
+    INTEGER_MUL: """
+<domain: "kbitc", opset_import: ["" : {opset}]>
+IntegerMul (a, b, a_zero, b_zero) => (Y) {{
+    a1 = Cast<to = 6>(a)
+    b1 = Cast<to = 6>(b)
+    a2 = Sub(a1, a_zero)
+    b2 = Sub(b1, b_zero)
+    Y = Mul(a2, b2)
+}}""",
+    # q u8 of any shape, table u8 [256] -> u8.
+    TABLE: """
+<domain: "kbitc", opset_import: ["" : {opset}]>
+Table (q, table) => (Y) {{
+    index = Cast<to = 6>(q)
+    Y = Gather(table, index)
+}}""",
+    # stream u8, grid i8 [2^bits], shape i64 [3] = N, T, C -> i8 [N, T, C].
+    LEVELS: """
+<domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
+LevelsKBit <bits> (stream, grid, shape) => (Y) {{
+    codes = kbitc.UnpackKBit<bits: int = @bits>(stream, shape)
+    Y = Gather(grid, codes)
+}}""",
+    # As above times blockscale i8 [N, T, CB], one factor for `block` channels; every product fits int8.
+    BLOCK_LEVELS: """
+<domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
+BlockLevelsKBit <bits, block> (stream, grid, blockscale, shape) => (Y) {{
+    two = Constant<value_ints = [2]>()
+    three = Constant<value_ints = [3]>()
+    codes = kbitc.UnpackKBit<bits: int = @bits>(stream, shape)
+    levels = Gather(grid, codes)
+    start = Constant<value_int = 0>()
+    step = Constant<value_int = 1>()
+    channels1 = Slice(shape, two, three)
+    channels = Squeeze(channels1)
+    index = Range(start, channels, step)
+    block0 = Constant<value_int: int = @block>()
+    which = Div(index, block0)
+    factor = Gather<axis = 2>(blockscale, which)
+    levels1 = Cast<to = 6>(levels)
+    factor1 = Cast<to = 6>(factor)
+    product = Mul(levels1, factor1)
+    Y = Cast<to = 3>(product)
+}}""",
+}
+
+
+def requantize(
+    acc: IntArray, multiplier: IntArray, shift: IntArray, zero: int, *, axis: int, low: int, high: int
+) -> npt.NDArray[np.uint8]:
+    """clip(((acc * multiplier + 2^(shift - 1)) >> shift) + zero, low, high).
+
+    Args:
+        acc: i32, any shape of rank > axis.
+        multiplier: i32 [1] or [N], 0 or in [2^30, 2^31).
+        shift: i32 [1] or [N], 1 .. 62.
+        zero: zero point of the result.
+        axis: the axis of `acc` that has N elements, from the front.
+        low: smallest code of the result (a Relu in the result's units).
+        high: largest code.
+    """
+    shape = (-1, *(1,) * (acc.ndim - axis - 1))
+    factor = np.asarray(multiplier, np.int64).reshape(shape)
+    bits = np.asarray(shift, np.int64).reshape(shape)
+    quotient = (acc.astype(np.int64) * factor + (np.int64(1) << (bits - 1))) >> bits
+    return np.asarray(np.clip(quotient + zero, low, high), np.uint8)
+
+
+def integer_add(
+    a: npt.NDArray[np.uint8],
+    b: npt.NDArray[np.uint8],
+    *,
+    a_zero: int,
+    b_zero: int,
+    a_mult: int,
+    b_mult: int,
+    shift: int,
+    zero: int,
+    low: int,
+    high: int,
+) -> npt.NDArray[np.uint8]:
+    """clip((((a - a_zero) a_mult + (b - b_zero) b_mult + 2^(shift - 1)) >> shift) + zero, low, high), broadcast."""
+    total = (a.astype(np.int64) - a_zero) * a_mult + (b.astype(np.int64) - b_zero) * b_mult
+    return np.asarray(np.clip(((total + (1 << (shift - 1))) >> shift) + zero, low, high), np.uint8)
+
+
+def integer_mul(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8], a_zero: int, b_zero: int) -> npt.NDArray[np.int32]:
+    """(a - a_zero) (b - b_zero), i32, broadcast."""
+    return np.asarray((a.astype(np.int32) - a_zero) * (b.astype(np.int32) - b_zero), np.int32)
+
+
+def table(q: npt.NDArray[np.uint8], entries: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """entries[q]."""
+    return entries[q]
+
+
+def levels(
+    stream: npt.NDArray[np.uint8],
+    grid: npt.NDArray[np.int8],
+    shape: tuple[int, int, int],
+    bits: int,
+    blockscale: npt.NDArray[np.int8] | None = None,
+    block: int = 1,
+) -> npt.NDArray[np.int8]:
+    """The int8 weight levels [N, T, C] behind a dense stream of codes, times one factor a block when there is one."""
+    count = int(np.prod(shape))
+    found = grid[unpack_dense(stream, bits, count).reshape(shape)]
+    if blockscale is None:
+        return found
+    factors = np.repeat(blockscale, block, axis=2)[:, :, : shape[2]]
+    return np.asarray(found.astype(np.int32) * factors, np.int8)
+
+
+def fixed_point(ratio: float) -> tuple[int, int]:
+    """(multiplier, shift) of Requantize with multiplier / 2^shift nearest to a ratio >= 0.
+
+    The multiplier has 31 bits, so the relative error is at most 2^-31. A ratio under 2^-32 (shift over 62) gives
+    (0, 1): every accumulator is then rounded to 0, as |acc| < 2^31 times the ratio is under one half.
+
+    Raises:
+        ValueError: the ratio is negative, not finite, or 2^29 or more.
+    """
+    if not 0 <= ratio < 2.0**29:
+        raise ValueError(f"a rescaling factor must lie in [0, 2^29), got {ratio}")
+    if ratio == 0:
+        return 0, 1
+    fraction, exponent = np.frexp(np.float64(ratio))  # ratio = fraction 2^exponent, fraction in [1/2, 1)
+    multiplier = round(float(fraction) * (1 << MULTIPLIER_BITS))
+    shift = MULTIPLIER_BITS - int(exponent)
+    if multiplier == 1 << MULTIPLIER_BITS:
+        multiplier, shift = multiplier >> 1, shift - 1
+    return (multiplier, shift) if shift <= MAX_SHIFT else (0, 1)

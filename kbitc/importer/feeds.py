@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,14 +14,14 @@ import onnx_ir as ir
 
 from kbitc.errors import CalibrationError
 from kbitc.importer.arrays import read_arrays
+from kbitc.importer.batches import Batches, Feeds, Spool
 from kbitc.importer.made_up import index_bounds, made_up_feeds
 
-__all__ = ["Input", "fit", "made_up_feeds", "model_inputs", "read_feeds", "sample_feeds"]
+__all__ = ["Input", "fit", "made_up_feeds", "model_inputs", "open_batches", "read_feeds", "sample_feeds"]
 
 Array = npt.NDArray[Any]
-Feeds = dict[str, Array]
 
-#: Most batches that are taken from a data set.
+#: Most batches that a model is compared on.
 MAX_BATCHES = 64
 #: Samples in a batch where the model leaves that open.
 OPEN_BATCH = 8
@@ -70,22 +70,35 @@ def model_inputs(model: ir.Model) -> list[ModelInput]:
 
 
 def sample_feeds(model: ir.Model, calibration: Any = None) -> tuple[list[Feeds], str]:
-    """Batches to run a model on, and a sentence that says where they come from.
+    """At most MAX_BATCHES batches to run a model on, and a sentence that says where they come from.
 
     Args:
         model: the model.
-        calibration: path of a .npz or .npy file or of a folder of them, an iterable of feeds {name: array}, or None:
-            then inputs are made up.
+        calibration: see `open_batches`, or None: then inputs are made up.
 
     Raises:
         CalibrationError: the data do not fit the model; names the array, the index and the remedy.
     """
-    inputs = model_inputs(model)
     if calibration is None:
         return [made_up_feeds(model, seed=seed) for seed in range(_MADE_UP)], f"{_MADE_UP} generated inputs"
+    return open_batches(model, calibration).first(MAX_BATCHES)
+
+
+def open_batches(model: ir.Model, calibration: Any) -> Batches:
+    """All batches of a data set, read one at a time and checked as they are read.
+
+    Args:
+        model: the model.
+        calibration: path of a .npz or .npy file or of a folder of them, or an iterable of feeds {name: array}.
+
+    Raises:
+        CalibrationError: a folder without data; while reading, data that do not fit the model.
+    """
+    inputs = model_inputs(model)
     if isinstance(calibration, str | os.PathLike):
         return _from_path(inputs, Path(calibration))
-    return _from_iterable(inputs, calibration)
+    items = Spool(calibration) if isinstance(calibration, Iterator) else calibration
+    return Batches(lambda lost: _from_iterable(inputs, items), "feeds from the caller")
 
 
 def read_feeds(path: str | os.PathLike[str], inputs: Sequence[Input]) -> Feeds:
@@ -98,40 +111,32 @@ def read_feeds(path: str | os.PathLike[str], inputs: Sequence[Input]) -> Feeds:
     return {item.name: fit(arrays[item.name], item, str(path)) for item in inputs}
 
 
-def _from_iterable(inputs: Sequence[ModelInput], source: Iterable[Mapping[str, Any]]) -> tuple[list[Feeds], str]:
-    batches: list[Feeds] = []
+def _from_iterable(inputs: Sequence[ModelInput], source: Iterable[Mapping[str, Any]]) -> Iterator[Feeds]:
+    position = -1
     for position, item in enumerate(source):
-        if position >= MAX_BATCHES:
-            break
         where = f"feeds {position}"
         if not isinstance(item, Mapping):
             raise CalibrationError(
                 "calibration must give mappings of name to array", where=where, got=type(item).__name__
             )
         arrays = _named({str(name): np.asarray(array) for name, array in item.items()}, inputs, where)
-        batches.append({entry.name: fit(arrays[entry.name], entry, where) for entry in inputs})
-    if not batches:
+        yield {entry.name: fit(arrays[entry.name], entry, where) for entry in inputs}
+    if position < 0:
         raise CalibrationError("the calibration data hold no samples", remedy="give at least one")
-    return batches, f"{len(batches)} feeds from the caller"
 
 
-def _from_path(inputs: Sequence[ModelInput], path: Path) -> tuple[list[Feeds], str]:
+def _from_path(inputs: Sequence[ModelInput], path: Path) -> Batches:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in (".npz", ".npy"))
         if not files:
             raise CalibrationError("the folder holds no .npz or .npy files", where=str(path))
-    batches: list[Feeds] = []
-    dropped = 0
-    for file in files:
-        if len(batches) >= MAX_BATCHES:
-            break
-        found, lost = _batches(_named(read_arrays(file), inputs, str(file)), inputs, str(file))
-        batches += found
-        dropped += lost
-    batches = batches[:MAX_BATCHES]
-    note = f", {dropped} left out because they fill no batch" if dropped else ""
-    return batches, f"{len(batches)} batches from {path.name}{note}"
+
+    def read(lost: Callable[[int], None]) -> Iterator[Feeds]:
+        for file in files:
+            yield from _batches(_named(read_arrays(file), inputs, str(file)), inputs, str(file), lost)
+
+    return Batches(read, f"batches from {path.name}")
 
 
 def _named(arrays: dict[str, Array], inputs: Sequence[Input], where: str) -> dict[str, Array]:
@@ -149,26 +154,25 @@ def _named(arrays: dict[str, Array], inputs: Sequence[Input], where: str) -> dic
     return arrays
 
 
-def _batches(arrays: dict[str, Array], inputs: Sequence[ModelInput], where: str) -> tuple[list[Feeds], int]:
-    """Cut arrays along axis 0 into batches of the size the model wants; also how many samples were left over."""
+def _batches(
+    arrays: dict[str, Array], inputs: Sequence[ModelInput], where: str, lost: Callable[[int], None]
+) -> Iterator[Feeds]:
+    """Cut arrays along axis 0 into batches of the size the model wants; `lost` hears how many samples fill none."""
     counts = {item.name: _count(arrays[item.name], item, where) for item in inputs}
     cut = {name: count for name, count in counts.items() if count is not None}
     if not cut:
-        return [{item.name: fit(arrays[item.name], item, where) for item in inputs}], 0
+        yield {item.name: fit(arrays[item.name], item, where) for item in inputs}
+        return
     samples, size, fixed = _common(cut, inputs, arrays, where)
     left = samples % size if fixed else 0
-    batches = []
     for start in range(0, samples - left, size):
-        feeds = {
+        yield {
             item.name: fit(
                 arrays[item.name][start : start + size] if item.name in cut else arrays[item.name], item, where, start
             )
             for item in inputs
         }
-        batches.append(feeds)
-        if len(batches) >= MAX_BATCHES:
-            return batches, 0
-    return batches, left
+    lost(left)
 
 
 def _count(array: Array, item: ModelInput, where: str) -> int | None:

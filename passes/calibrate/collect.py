@@ -1,0 +1,149 @@
+"""Statistics of intermediate values over a data set, in bounded memory, and their cache.
+
+All wanted values of one batch would not fit beside a large model, so they are taken in groups whose size fits a budget,
+one session a group. Sessions use one thread an operator and the graph as it is, and statistics are order-free, so
+that the result depends on the model and the set of batches alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc.graph.evaluate import Session, light_proto
+from kbitc.importer.batches import digest
+from kbitc.passes.calibrate.stream import only
+from kbitc.quant.stats import CalibrationStats
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+#: Bytes of values that one run may return.
+BUDGET = 1 << 29
+#: Part of the cache key: counts up when what is collected changes.
+VERSION = 1
+#: Dims whose size the shapes do not tell count as this.
+_UNKNOWN_DIM = 64
+
+
+def collect(
+    model: ir.Model,
+    names: Sequence[str],
+    batches: Iterable[Feeds],
+    *,
+    budget: int = BUDGET,
+    progress: Callable[[str], None] = lambda text: None,
+) -> CalibrationStats:
+    """Run the model over all batches and observe the named float values.
+
+    Args:
+        model: canonical graph; it is not changed.
+        names: graph inputs or values that nodes of the main graph compute.
+        batches: feeds; read once.
+        budget: bytes of values held at once.
+        progress: hears how far it is.
+
+    Raises:
+        CalibrationError: the data do not fit the model.
+        ModelError: onnxruntime fails on the model.
+    """
+    stats = CalibrationStats()
+    inputs = {value.name for value in model.graph.inputs}
+    computed = [name for name in dict.fromkeys(names) if name not in inputs]
+    sessions: list[Session] = []
+    for number, feeds in enumerate(batches, 1):
+        progress(f"batch {number}")
+        if number == 1:
+            sessions = [Session(only(model, group), threads=1) for group in in_groups(model, computed, feeds, budget)]
+        stats.add({name: feeds[name] for name in names if name in inputs})
+        for session in sessions:
+            for name, array in session.run(feeds).items():
+                stats.add_value(name, array)
+    return stats
+
+
+def in_groups(model: ir.Model, names: Sequence[str], feeds: Feeds, budget: int) -> list[list[str]]:
+    """Cut the names, in order, into groups whose values fit the budget for one batch like `feeds`."""
+    bound: dict[str, int] = {}
+    for value in model.graph.inputs:
+        dims = value.shape.dims if value.shape is not None else ()
+        for dim, size in zip(dims, feeds[value.name or ""].shape, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                bound[dim.value] = int(size)
+    values = ir.convenience.create_value_mapping(model.graph)
+    groups: list[list[str]] = []
+    used = budget
+    for name in names:
+        size = _bytes_of(values[name], bound)
+        if not groups or used + size > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    return groups
+
+
+def _bytes_of(value: ir.Value, bound: Mapping[str, int]) -> int:
+    if value.shape is None:
+        return 4 * _UNKNOWN_DIM**3
+    size = 4
+    for dim in value.shape.evaluate(bound).dims:
+        size *= dim if isinstance(dim, int) else _UNKNOWN_DIM
+    return size
+
+
+def cached(
+    model: ir.Model, names: Sequence[str], batches: Iterable[Feeds], progress: Callable[[str], None] = lambda text: None
+) -> CalibrationStats:
+    """`collect`, or what it gave before for the same model, names and set of batches.
+
+    Args:
+        model, names, progress: as for `collect`.
+        batches: feeds that can be read twice.
+    """
+    path = cache_folder() / f"{cache_key(model, names, batches)}.npz"
+    try:
+        return CalibrationStats.from_bytes(path.read_bytes())
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass
+    stats = collect(model, names, batches, progress=progress)
+    _store(path, stats.to_bytes())
+    return stats
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/kbitc/stats or ~/.cache/kbitc/stats."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "kbitc" / "stats"
+
+
+def cache_key(model: ir.Model, names: Sequence[str], batches: Iterable[Feeds]) -> str:
+    """SHA-256 over the graph, its weights, the names and the batches in any order."""
+    key = hashlib.sha256(f"stats {VERSION}".encode())
+    proto, detached = light_proto(model)
+    key.update(proto.SerializeToString(deterministic=True))
+    for name, array in detached.items():
+        key.update(name.encode())
+        key.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    key.update("\n".join(names).encode())
+    key.update(digest(batches).encode())
+    return key.hexdigest()
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Write a file in one step; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,57 @@
+"""Runs a model on sample inputs and hands out intermediate values, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc.errors import InternalError
+from kbitc.graph import edit
+from kbitc.graph.evaluate import Session
+
+Array = npt.NDArray[Any]
+
+
+def stream(
+    model: ir.Model, names: Sequence[str], feeds: Iterable[Mapping[str, Array]], *, threads: int | None = None
+) -> Iterator[dict[str, Array]]:
+    """Run the model batch by batch and give the named values of each batch.
+
+    Only the part of the graph that the values depend on is run, and only one batch is in memory at a time.
+
+    Args:
+        model: canonical graph; it is not changed.
+        names: values to give: graph inputs or results of nodes of the main graph.
+        feeds: one mapping of input name to array a batch.
+        threads: threads inside one operator; None means all cores.
+
+    Raises:
+        InternalError: a name that the main graph does not hold.
+        ModelError: onnxruntime fails on the model.
+    """
+    inputs = {value.name for value in model.graph.inputs}
+    computed = [name for name in dict.fromkeys(names) if name not in inputs]
+    session = Session(only(model, computed), threads=threads) if computed else None
+    for feed in feeds:
+        given = {name: np.asarray(feed[name]) for name in names if name in inputs}
+        yield {**given, **(session.run(feed) if session is not None else {})}
+
+
+def only(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of the model, sharing its weights, that computes the named values and nothing else.
+
+    Raises:
+        InternalError: a name that no node of the main graph computes.
+    """
+    copy = model.clone()
+    made = {value.name: value for node in copy.graph for value in node.outputs}
+    unknown = [name for name in names if name not in made]
+    if unknown:
+        raise InternalError("asked for a value that no node computes", got=repr(unknown[0]))
+    copy.graph.outputs[:] = [made[name] for name in names]
+    edit.remove_dead(copy)
+    return copy

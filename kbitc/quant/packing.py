@@ -1,11 +1,14 @@
-"""How codes lie in memory: dense bit streams (ONNX file) and the tiled bit planes that every kernel reads.
+"""How codes lie in memory: dense bit streams (ONNX file) and the tiled vectors that every kernel reads.
 
 Tiled layout. C is padded to a multiple of 32 and N to a multiple of 16; padding codes are 0. A *unit* is 32
 consecutive c of one tap for 16 consecutive n: 512 codes, exactly k vectors of 64 bytes. Byte b of a vector belongs
-to n = b // 4 and j = b % 4; a unit has 8 *steps*, step s holds c = 32 * unit + 4 * s + j. The k bits of a code are
-split into planes of power-of-two width, widest first; vector v of a plane of width w holds the steps
-v * 8/w .. (v + 1) * 8/w - 1, step s at bit w * (s mod 8/w) of each byte. So once a step's bits are masked out,
-a vector is 16 lanes (n) times 4 bytes (c): the operand of a four-way integer dot product on every target.
+to n = b // 4 and j = b % 4; a unit has 8 *steps*, step s holds c = 32 * unit + 4 * s + j.
+
+Every byte of a vector holds p = 8 // k whole codes, step p * v + i at bit k * i of vector v. Where k does not divide
+8, the 8 - k * p bits left at the top of the bytes of the k vectors are together as many whole codes again: `spare`
+says how they make up the 8 / p - k *spare vectors* k, k + 1, ..., which hold the last steps just as the others do.
+So once a step's bits are shifted down and masked, a vector is 16 lanes (n) times 4 bytes (c): the operand of a
+four-way integer dot product on every target.
 
 A convolution of float activations with one scale a channel is packed as [N, 1, T * C] on CPUs: its taps lie side by
 side, so that nine taps of one channel fill one unit and not nine.
@@ -13,19 +16,53 @@ side, so that nine taps of one channel fill one unit and not nine.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 
-PLANES: dict[int, tuple[int, ...]] = {
-    1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
-}  # fmt: skip
 LANES = 16
 UNIT = 32
 STEPS = 8
 GROUP = 4
 VECTOR_BYTES = LANES * GROUP
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Bits source .. source + width - 1 of every byte of vector `vector`: bits `target` and up of a spare vector."""
+
+    vector: int
+    source: int
+    target: int
+    width: int
+
+
+def per_vector(bits: int) -> int:
+    """Steps that one vector holds whole."""
+    return STEPS // bits
+
+
+def spare(bits: int) -> tuple[tuple[Piece, ...], ...]:
+    """The pieces of every spare vector, ascending by target.
+
+    The bits left are taken in order: vector by vector, lowest first.
+    """
+    filled = bits * per_vector(bits)
+    bits_left = [(vector, bit) for vector in range(bits) for bit in range(filled, STEPS)]
+    made = []
+    for first in range(0, len(bits_left), filled):
+        pieces: list[Piece] = []
+        for target, (vector, source) in enumerate(bits_left[first : first + filled]):
+            last = pieces[-1] if pieces else None
+            if last is not None and last.vector == vector:
+                pieces[-1] = Piece(vector, last.source, last.target, last.width + 1)
+            else:
+                pieces.append(Piece(vector, source, target, 1))
+        made.append(tuple(pieces))
+    return tuple(made)
 
 
 def round_up(value: int, step: int) -> int:
@@ -39,7 +76,7 @@ def packed_shape(n: int, taps: int, channels: int, bits: int) -> tuple[int, int,
 
 
 def pack_codes(codes: Bytes, bits: int) -> Bytes:
-    """Pack codes uint8 [N, T, C] into tiled bit planes, uint8 [Np/16, T, Cp/32, bits, 64]."""
+    """Pack codes uint8 [N, T, C] into tiled vectors, uint8 [Np/16, T, Cp/32, bits, 64]."""
     n, taps, channels = codes.shape
     tiles, _, units, _, _ = packed_shape(n, taps, channels, bits)
     padded = np.zeros((tiles * LANES, taps, units * UNIT), np.uint8)
@@ -47,29 +84,27 @@ def pack_codes(codes: Bytes, bits: int) -> Bytes:
     # [tile, lane, t, unit, step, j] -> [tile, t, unit, step, lane * 4 + j]
     split = padded.reshape(tiles, LANES, taps, units, STEPS, GROUP)
     steps = split.transpose(0, 2, 3, 4, 1, 5).reshape(tiles, taps, units, STEPS, VECTOR_BYTES)
-    packed = np.empty((tiles, taps, units, bits, VECTOR_BYTES), np.uint8)
-    shift = vector = 0
-    for width in PLANES[bits]:
-        per_vector = STEPS // width
-        plane = (steps >> shift) & (2**width - 1)
-        plane = plane.reshape(tiles, taps, units, width, per_vector, VECTOR_BYTES)
-        positions = (width * np.arange(per_vector, dtype=np.uint8))[:, None]
-        packed[:, :, :, vector : vector + width] = np.bitwise_or.reduce(plane << positions, axis=4)
-        shift, vector = shift + width, vector + width
+    held = per_vector(bits)
+    vectors = np.zeros((tiles, taps, units, STEPS // held, VECTOR_BYTES), np.uint8)
+    for i in range(held):
+        vectors |= steps[:, :, :, i::held] << (bits * i)
+    packed = np.ascontiguousarray(vectors[:, :, :, :bits])
+    for made, pieces in zip(np.moveaxis(vectors[:, :, :, bits:], 3, 0), spare(bits), strict=True):
+        for piece in pieces:
+            field = (made >> piece.target) & np.uint8(2**piece.width - 1)
+            packed[:, :, :, piece.vector] |= field << piece.source
     return packed
 
 
 def unpack_codes(packed: Bytes, bits: int, n: int, channels: int) -> Bytes:
     """The inverse of `pack_codes`: uint8 [n, T, channels]."""
     tiles, taps, units, _, _ = packed.shape
-    steps = np.zeros((tiles, taps, units, STEPS, VECTOR_BYTES), np.uint8)
-    shift = vector = 0
-    for width in PLANES[bits]:
-        per_vector = STEPS // width
-        positions = (width * np.arange(per_vector, dtype=np.uint8))[:, None]
-        plane = (packed[:, :, :, vector : vector + width, None, :] >> positions) & (2**width - 1)
-        steps |= (plane << shift).reshape(steps.shape).astype(np.uint8)
-        shift, vector = shift + width, vector + width
+    vectors = [packed[:, :, :, v] for v in range(bits)]
+    for pieces in spare(bits):
+        moved = [((vectors[p.vector] >> p.source) & (2**p.width - 1)).astype(np.uint8) << p.target for p in pieces]
+        vectors.append(np.bitwise_or.reduce(moved))
+    held = per_vector(bits)
+    steps = np.stack([(vectors[s // held] >> (bits * (s % held))) & (2**bits - 1) for s in range(STEPS)], axis=3)
     split = steps.reshape(tiles, taps, units, STEPS, LANES, GROUP).transpose(0, 4, 1, 2, 3, 5)
     return np.ascontiguousarray(split.reshape(tiles * LANES, taps, units * UNIT)[:n, :, :channels])
 

@@ -14,8 +14,9 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, PLANES, STEPS, UNIT, packed_shape
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import stored_bias
 
 Expr = Any
@@ -97,10 +98,10 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
     half = UNIT // 2
 
     def unit(u: Expr, counts: tuple[int, int]) -> None:
-        words = [
-            v.bind(v.reinterpret(v.load(args.packed, [tile, 0, u, k, lane * GROUP], GROUP), "uint32", 1))
-            for k in range(spec.data_type.bits)
-        ]
+        codes = UnitCodes(
+            spec.data_type.bits,
+            lambda k: v.reinterpret(v.load(args.packed, [tile, 0, u, k, lane * GROUP], GROUP), "uint32", 1),
+        )
         for h, count in enumerate(counts):
             if not count:
                 continue
@@ -109,7 +110,7 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
             scale = v.bind(v.cast(args.scales[tile, v.i64(0), block, lane], "float32", 1))
             zero = _zero(spec, args, tile, lane, block)
             for step in range(-(-count // GROUP)):
-                levels = _levels(spec, args, words, h * (STEPS // 2) + step)
+                levels = _levels(spec, args, codes, h * (STEPS // 2) + step)
                 value = (levels - v.splat(zero, GROUP)) * v.splat(scale, GROUP)
                 kept = min(GROUP, count - step * GROUP)
                 v.store_first(args.out, [i, start + step * GROUP], v.bind(value), GROUP, kept)
@@ -127,19 +128,9 @@ def _zero(spec: EmbeddingSpec, args: _Arguments, tile: Expr, lane: Expr, block: 
     return v.bind(v.cast(stored - tirx.const(stored_bias(spec.data_type), "int32"), "float32", 1))
 
 
-def _levels(spec: EmbeddingSpec, args: _Arguments, words: list[Expr], step: int) -> Expr:
+def _levels(spec: EmbeddingSpec, args: _Arguments, unit: UnitCodes, step: int) -> Expr:
     """The levels of the four channels of a step, f32x4."""
-    codes: Expr = None
-    bit = vector = 0
-    for width in PLANES[spec.data_type.bits]:
-        per_vector = STEPS // width
-        word = v.splat(words[vector + step // per_vector], GROUP)
-        source = width * (step % per_vector)
-        shifts = tirx.Ramp(tirx.const(source, "uint32"), tirx.const(8, "uint32"), GROUP)
-        plane = tirx.shift_right(word, shifts) & v.full(2**width - 1, "uint32", GROUP)
-        plane = tirx.shift_left(plane, v.full(bit, "uint32", GROUP)) if bit else plane
-        codes = plane if codes is None else codes | plane
-        bit, vector = bit + width, vector + width
+    codes = v.reinterpret(v.bind(unit.step(step)), "uint8", GROUP)
     integers = v.bind(v.cast(codes, "int32", GROUP))
     if args.levels is not None:
         return v.bind(args.levels[v.cast(integers, "int64", GROUP)])

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from tvm import tirx
 
 from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, PLANES, STEPS
+from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 
 Expr = Any
 
@@ -72,6 +73,7 @@ class Isa(ABC):
         signed: the dot product reads signed levels.
         rows, tiles: register tile of the matrix product, in rows of activations and 16-channel tiles.
         vector_tiles: 16-channel tiles of the matrix-vector product, at most.
+        ignores_high_bits: `look_up` needs no codes in range: bits above those that count are ignored.
     """
 
     name: str
@@ -81,15 +83,12 @@ class Isa(ABC):
     rows: int
     tiles: int
     vector_tiles: int
+    ignores_high_bits: bool = False
 
     @property
     def parts(self) -> int:
         """Registers for the 16 channels of a tile."""
         return LANES // self.lanes
-
-    def vector_tiles_for(self, bits: int) -> int:
-        """16-channel tiles of the matrix-vector product of k-bit codes."""
-        return self.vector_tiles
 
     @property
     def bytes(self) -> int:
@@ -102,11 +101,11 @@ class Isa(ABC):
 
     @abstractmethod
     def table(self, entries: tuple[int, ...]) -> list[Expr]:
-        """Registers that `look_up` reads: made once for a kernel. 2 to 128 bytes: 8-bit formats are uniform."""
+        """Registers that `look_up` reads: made once for a kernel. 2 to 256 bytes."""
 
     @abstractmethod
     def look_up(self, table: list[Expr], codes: Expr) -> Expr:
-        """entries[code] for every byte: uint8 vector of `bytes` lanes in, the same type out; codes are in range."""
+        """entries[code] for every byte: uint8 vector of `bytes` lanes in, the same type out."""
 
     def split(self, levels: Expr) -> tuple[Expr, ...]:
         """Prepare fed bytes (uint8 vector) for `dot`; done once per vector of codes."""
@@ -125,42 +124,40 @@ class Isa(ABC):
         return v.cast(halves, "float32", self.lanes)
 
 
-def level_bytes(isa: Isa, feed: Feed, table: list[Expr] | None, words: list[Expr], step: int) -> Expr:
+def unit_codes(isa: Isa, bits: int, packed: Any, place: list[Expr], part: int) -> UnitCodes:
+    """The codes of a unit for one register of output channels.
+
+    Args:
+        packed: uint8 [Np/16, T, Cp/32, k, 64].
+        place: tile, tap and unit.
+        part: which register of the tile.
+    """
+
+    def read(vector: int) -> Expr:
+        loaded = v.load(packed, [*place, vector, part * isa.bytes], isa.bytes)
+        return v.reinterpret(loaded, "uint32", isa.lanes)
+
+    return UnitCodes(bits, read, isa.lanes)
+
+
+def level_bytes(isa: Isa, feed: Feed, table: list[Expr] | None, codes: UnitCodes, step: int) -> Expr:
     """The fed bytes of one step of a unit.
 
     Args:
         isa: the instruction set.
         feed: from `isa.feed`.
         table: from `isa.table` when the feed has one.
-        words: the k code vectors of the unit, in order, as uint32 vectors of `isa.lanes`.
+        codes: the unit, in words of `isa.lanes`.
         step: 0..7.
 
     Returns:
         uint8 vector of `isa.bytes` lanes.
     """
-    bit = vector = 0
-    codes: Expr = None
-    for width in PLANES[len(words)]:
-        per_vector = STEPS // width
-        plane = _field(words[vector + step // per_vector], width, width * (step % per_vector), bit + feed.shift, isa)
-        codes = plane if codes is None else codes | plane
-        bit, vector = bit + width, vector + width
+    found = codes.step(step, feed.shift, masked=table is None or not isa.ignores_high_bits)
     if feed.flip:
-        codes = codes ^ v.full(feed.flip * 0x01010101, "uint32", isa.lanes)
-    fed = v.reinterpret(codes, "uint8", isa.bytes)
+        found = found ^ codes.full(feed.flip)
+    fed = v.reinterpret(found, "uint8", isa.bytes)
     return fed if table is None else isa.look_up(table, v.bind(fed))
-
-
-def _field(word: Expr, width: int, source: int, target: int, isa: Isa) -> Expr:
-    """Move `width` bits of every byte from bit `source` to bit `target`, the other bits zero."""
-    if width == 8 and source == target:
-        return word
-    if source > target:
-        word = tirx.shift_right(word, v.full(source - target, "uint32", isa.lanes))
-    elif target > source:
-        word = tirx.shift_left(word, v.full(target - source, "uint32", isa.lanes))
-    mask = (((1 << width) - 1) << target) & 0xFF
-    return word & v.full(mask * 0x01010101, "uint32", isa.lanes)
 
 
 def select_tree(chunks: list[Expr], codes: Expr, bit: int, lanes: int) -> Expr:

@@ -23,7 +23,7 @@ from tvm import tirx
 from kbitc.quant.format import Format
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias
+from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
 from kbitc.targets.lower.contraction import PostFunction
@@ -144,7 +144,7 @@ class _Generator:
             row_tasks(
                 self.rows.count,
                 (self.isa.rows, self.isa.tiles),
-                self.isa.vector_tiles_for(spec.data_type.bits),
+                self.isa.vector_tiles,
                 spec.output_tiles,
                 self._tile,
             )
@@ -289,24 +289,19 @@ class _Block:
     def _unit(self, acc: dict[tuple[int, int, int], Expr], unit: Expr, first: int, end: int) -> Any:
         """Steps first .. end - 1 of one unit."""
         g, isa, tile = self.g, self.g.isa, self.tile
-        bits = g.spec.data_type.bits
         acc = dict(acc)
-        words = {
-            (i, p): [
-                v.bind(v.reinterpret(
-                    v.load(g.args.packed, [tile.first + i, self.tap, unit, k, p * isa.bytes], isa.bytes),
-                    "uint32", isa.lanes))
-                for k in range(bits)
-            ]
-            for i in range(tile.tiles) for p in range(isa.parts)
-        }  # fmt: skip
+        units = {
+            (i, p): unit_codes(isa, g.spec.data_type.bits, g.args.packed, [tile.first + i, self.tap, unit], p)
+            for i in range(tile.tiles)
+            for p in range(isa.parts)
+        }
         for step in range(first, end):
             activations = []
             for source in self.source:
                 four = v.load(g.args.codes, [source, unit * UNIT + GROUP * step], GROUP)
                 activations.append(isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))))
-            for (i, p), vectors in words.items():
-                fed = v.bind(level_bytes(isa, g.feed, g.table, vectors, step))
+            for (i, p), codes in units.items():
+                fed = v.bind(level_bytes(isa, g.feed, g.table, codes, step))
                 levels = isa.split(fed)
                 for r, activation in enumerate(activations):
                     acc[r, i, p] = v.bind(isa.dot(acc[r, i, p], levels, activation))

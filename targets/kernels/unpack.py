@@ -66,12 +66,12 @@ def _unit(decoder: Decoder, out: Buffer, place: tuple[Expr, Expr, Expr], count: 
     tile, tap, unit = place
     half = UNIT // 2
     for part in range(isa.parts):
-        words = decoder.words(tile, tap, unit, part)
+        codes = decoder.codes(tile, tap, unit, part)
         for step in range(min(STEPS, -(-count // GROUP))):
             if step % (half // GROUP) == 0:
                 block = v.bind((unit * UNIT + step * GROUP) // spec.block)
                 scale, zero = decoder.scale(tile, tap, block, part), decoder.zero(tile, tap, block, part)
-            fed = decoder.fed(words, step)
+            fed = decoder.fed(codes, step)
             for j in range(min(GROUP, count - step * GROUP)):
                 at = tap * spec.channels + unit * UNIT + (step * GROUP + j)
                 v.store(out, [tile, at, part * isa.lanes], decoder.weight(fed, j, zero, scale), isa.lanes)

@@ -18,7 +18,8 @@ from tvm import tirx
 from kbitc.quant.format import Format
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.isa import Isa, feed_of, level_bytes, stored_bias
+from kbitc.targets.kernels.codes import UnitCodes
+from kbitc.targets.kernels.isa import Isa, feed_of, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
 from kbitc.targets.lower.contraction import PostFunction
@@ -116,21 +117,13 @@ class Decoder:
     def _scale_index(self, tap: Expr, block: Expr) -> tuple[Expr, Expr]:
         return (tap, block) if self.spec.scale_per_block else (v.i64(0), v.i64(0))
 
-    def words(self, tile: Expr, tap: Expr, unit: Expr, part: int) -> list[Expr]:
-        """The k code vectors of a unit."""
-        isa = self.isa
-        return [
-            v.bind(
-                v.reinterpret(
-                    v.load(self.args.packed, [tile, tap, unit, k, part * isa.bytes], isa.bytes), "uint32", isa.lanes
-                )
-            )
-            for k in range(self.spec.data_type.bits)
-        ]
+    def codes(self, tile: Expr, tap: Expr, unit: Expr, part: int) -> UnitCodes:
+        """The codes of a unit."""
+        return unit_codes(self.isa, self.spec.data_type.bits, self.args.packed, [tile, tap, unit], part)
 
-    def fed(self, words: list[Expr], step: int) -> Expr:
+    def fed(self, codes: UnitCodes, step: int) -> Expr:
         """The fed bytes of a step as an int32 vector: byte j of lane n is channel 4 * step + j of output n."""
-        found = v.bind(level_bytes(self.isa, self.feed, self.table, words, step))
+        found = v.bind(level_bytes(self.isa, self.feed, self.table, codes, step))
         return v.bind(v.reinterpret(found, "uint32", self.isa.lanes))
 
     def weight(self, fed: Expr, j: int, zero: Expr, scale: Expr) -> Expr:
@@ -220,7 +213,7 @@ class _Generator:
         half, block = UNIT // 2, self.spec.block
         for i in range(tile.tiles):
             for p in range(self.isa.parts):
-                words = self.decoder.words(tile.first + i, tap, unit, p)
+                codes = self.decoder.codes(tile.first + i, tap, unit, p)
                 for h, count in enumerate(counts):
                     if not count:
                         continue
@@ -228,14 +221,14 @@ class _Generator:
                     at = v.bind(tirx.truncdiv(start, v.i64(block)))
                     scale = self.decoder.scale(tile.first + i, tap, at, p)
                     zero = self.decoder.zero(tile.first + i, tap, at, p)
-                    self._half(tile, source, (i, p), words, (h, count, start), (zero, scale))
+                    self._half(tile, source, (i, p), codes, (h, count, start), (zero, scale))
 
     def _half(
         self,
         tile: _Tile,
         source: list[Expr],
         key: tuple[int, int],
-        words: list[Expr],
+        codes: UnitCodes,
         place: tuple[int, int, Expr],
         block: tuple[Expr, Expr],
     ) -> None:
@@ -245,7 +238,7 @@ class _Generator:
         sums = [v.get(tile.sums[r, *key], lanes) for r in range(len(source))]
         for c in range(count):
             if c % GROUP == 0:
-                fed = self.decoder.fed(words, half * (STEPS // 2) + c // GROUP)
+                fed = self.decoder.fed(codes, half * (STEPS // 2) + c // GROUP)
             weight = self.decoder.weight(fed, c % GROUP, *block)
             for r, row in enumerate(source):
                 sums[r] = v.bind(sums[r] + v.splat(self.x[row, start + c], lanes) * weight)

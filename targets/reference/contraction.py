@@ -19,7 +19,7 @@ import numpy as np
 from tvm import te, tirx
 
 from kbitc.errors import InternalError
-from kbitc.quant.packing import GROUP, LANES, PLANES, STEPS, UNIT, pack_codes, pack_per_channel
+from kbitc.quant.packing import GROUP, LANES, UNIT, pack_codes, pack_per_channel, per_vector, spare
 from kbitc.quant.scheme import Granularity, ScaleType
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.lower import dims
@@ -60,18 +60,27 @@ class PackedWeight:
         return min(self.tensor.block, self.tensor.shape[2])
 
     def code(self, group: Group, n: Expr, t: Expr, c: Expr) -> Expr:
-        """The code of a weight as int32, put together from its bit planes."""
-        tile, lane = n // LANES, n % LANES
-        unit, step, byte = c // UNIT, (c % UNIT) // GROUP, c % GROUP
-        total: Expr = tirx.const(0, "int32")
-        shift = vector = 0
-        for width in PLANES[self.tensor.bits]:
-            per_vector = STEPS // width
-            raw = group.read(self.codes, [tile, t, unit, vector + step // per_vector, lane * GROUP + byte])
-            moved = tirx.Cast("int32", raw) >> tirx.Cast("int32", (step % per_vector) * width)
-            total = total + ((moved & tirx.const(2**width - 1, "int32")) << tirx.const(shift, "int32"))
-            shift, vector = shift + width, vector + width
-        return total
+        """The code of a weight as int32: a field of a code vector, or of a spare one put together from its pieces."""
+        bits = self.tensor.bits
+        codes = per_vector(bits)
+        tile, unit, step = n // LANES, c // UNIT, (c % UNIT) // GROUP
+        byte = (n % LANES) * GROUP + c % GROUP
+
+        def read(vector: Expr) -> Expr:
+            return tirx.Cast("int32", group.read(self.codes, [tile, t, unit, vector, byte]))
+
+        def low(value: Expr, width: int) -> Expr:
+            return value & tirx.const(2**width - 1, "int32")
+
+        vector = step // codes
+        found = read(tirx.min(vector, bits - 1) if spare(bits) else vector)
+        for i, pieces in enumerate(spare(bits)):
+            made: Expr = tirx.const(0, "int32")
+            for piece in pieces:
+                field = low(read(tirx.IntImm("int64", piece.vector)) >> piece.source, piece.width)
+                made = made + (field << piece.target)
+            found = tirx.if_then_else(vector == bits + i, made, found)
+        return low(found >> tirx.Cast("int32", (step % codes) * bits), bits)
 
     def _place(self, n: Expr, t: Expr, block: Expr) -> list[Expr]:
         """Index of a scale in its parameter."""

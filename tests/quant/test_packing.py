@@ -47,16 +47,27 @@ def test_every_code_lies_where_the_layout_says(bits: int) -> None:
     """Read the documented position of each code straight from the bytes."""
     codes = _codes((16, 1, 32), bits)
     unit = packing.pack_codes(codes, bits)[0, 0, 0]
+    held = 8 // bits
     for n in range(16):
         for c in range(32):
             step, j = divmod(c, 4)
-            value = shift = vector = 0
-            for width in packing.PLANES[bits]:
-                per_vector = 8 // width
-                byte = int(unit[vector + step // per_vector, n * 4 + j])
-                value |= ((byte >> (width * (step % per_vector))) & (2**width - 1)) << shift
-                shift, vector = shift + width, vector + width
-            assert value == codes[n, 0, c]
+            column = [int(byte) for byte in unit[:, n * 4 + j]]
+            # The bits above the whole codes, vector by vector and lowest first, are the codes of the last steps.
+            rest = [byte >> bit & 1 for byte in column for bit in range(held * bits, 8)]
+            made = sum(bit << i for i, bit in enumerate(rest))
+            place = step - held * bits
+            value = made >> (bits * place) if place >= 0 else column[step // held] >> (bits * (step % held))
+            assert value & (2**bits - 1) == codes[n, 0, c]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_bit_of_a_unit_is_used_once(bits: int) -> None:
+    filled = packing.per_vector(bits) * bits
+    used = [(vector, bit) for vector in range(bits) for bit in range(filled)]
+    for pieces in packing.spare(bits):
+        used += [(p.vector, bit) for p in pieces for bit in range(p.source, p.source + p.width)]
+        assert sorted(b for p in pieces for b in range(p.target, p.target + p.width)) == list(range(filled))
+    assert sorted(used) == [(vector, bit) for vector in range(bits) for bit in range(8)]
 
 
 def test_per_channel_values_are_laid_out_by_tiles() -> None:

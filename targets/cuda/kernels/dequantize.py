@@ -16,6 +16,7 @@ from kbitc.targets.cuda.intrin.prmt import u32
 from kbitc.targets.cuda.kernels import levels
 from kbitc.targets.cuda.kernels import threads as t
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 
 Expr = Any
 Buffer = Any
@@ -72,7 +73,7 @@ class Packed:
         def word(vector: Any) -> Expr:
             return self.words[tile * spec.taps + tap, unit, v.i64(vector), lane]
 
-        fed = v.bind(levels.one_step(spec.data_type, word, step))
+        fed = v.bind(levels.one_step(spec.data_type, UnitCodes(spec.data_type.bits, word), step))
         # A block never ends inside a step; padding beyond C uses the last block's scale.
         block = t.at_most((unit * UNIT + step * GROUP) // spec.block, -(-spec.channels // spec.block) - 1)
         where = (tile, tap, v.bind(block), lane) if spec.scale_per_block else (tile, v.i64(0), v.i64(0), lane)

@@ -6,17 +6,15 @@ A *code word* is a uint32 whose four bytes are codes; words of two neighbouring 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 
 from kbitc.quant.format import Format
-from kbitc.quant.packing import PLANES, STEPS
 from kbitc.targets.cuda.intrin.prmt import HALF_TABLE, TABLE, prmt, table_words, u32
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import stored_bias
 
 Expr = Any
@@ -58,54 +56,30 @@ def zero_shift(data_type: Format) -> int:
     return stored_bias(data_type) - feed_of(data_type).bias
 
 
-def step_pair(data_type: Format, word: Callable[[Expr], Expr], pair: Expr) -> tuple[Expr, Expr]:
+def step_pair(data_type: Format, codes: UnitCodes, pair: Expr) -> tuple[Expr, Expr]:
     """Fed words of steps 2 * pair and 2 * pair + 1 of a unit.
 
     Args:
         data_type: format of the codes.
-        word: gives the uint32 of vector i (0 .. k-1, int or expression) of the unit for one channel.
-        pair: 0 .. 3, an int or an int32 expression.
+        codes: the unit for one channel.
+        pair: 0 .. 3, an int or an expression.
     """
-    bits, feed = data_type.bits, feed_of(data_type)
-    if feed.table is not None and bits == 4:
-        return _look_up_16(feed.table, v.bind(word(pair)))
-    codes = [_codes(bits, word, 2 * pair + e, feed.shift) for e in range(2)]
-    first, second = _fed(feed, bits, codes)
+    feed = feed_of(data_type)
+    if feed.table is not None and data_type.bits == 4:
+        return _look_up_16(feed.table, codes.both(pair))
+    first, second = _fed(feed, data_type.bits, [_codes(codes, 2 * pair + e, feed.shift) for e in range(2)])
     return first, second
 
 
-def one_step(data_type: Format, word: Callable[[Expr], Expr], step: Expr) -> Expr:
-    """Fed word of one step, an int or an int32 expression."""
+def one_step(data_type: Format, codes: UnitCodes, step: Expr) -> Expr:
+    """Fed word of one step, an int or an expression."""
     feed = feed_of(data_type)
-    codes = _codes(data_type.bits, word, step, feed.shift)
-    return _fed(feed, data_type.bits, [codes, u32(0)])[0]
+    return _fed(feed, data_type.bits, [_codes(codes, step, feed.shift), u32(0)])[0]
 
 
-def _codes(bits: int, word: Callable[[Expr], Expr], step: Expr, shift: int) -> Expr:
-    """Four codes of one step, shifted left by `shift`: a bit field of every plane, put together."""
-    codes: Expr = None
-    bit, vector = shift, 0
-    for width in PLANES[bits]:
-        per_vector = STEPS // width
-        plane = _field(word(vector + step // per_vector), width, step % per_vector, bit)
-        codes = plane if codes is None else codes | plane
-        bit, vector = bit + width, vector + width
-    return v.bind(codes)
-
-
-def _field(word: Expr, width: int, position: Expr, target: int) -> Expr:
-    """Move the field at bit width * position of every byte to bit target, the other bits zero."""
-    mask = u32(((1 << width) - 1) * ONES << target)
-    if width == STEPS:
-        return word
-    if not isinstance(position, int):
-        # Bits that cross into the neighbouring byte are masked out: target + width <= 8.
-        shift = tirx.Cast("uint32", position) * u32(width)
-        return ((word >> shift) << u32(target)) & mask if target else (word >> shift) & mask
-    source = width * position
-    if source > target:
-        return (word >> u32(source - target)) & mask
-    return (word << u32(target - source)) & mask if target > source else word & mask
+def _codes(codes: UnitCodes, step: Expr, shift: int) -> Expr:
+    """Four codes of one step, shifted left by `shift`."""
+    return v.bind(codes.step(step, shift) if isinstance(step, int) else codes.any_step(step, shift))
 
 
 def _fed(feed: Feed, bits: int, codes: list[Expr]) -> list[Expr]:

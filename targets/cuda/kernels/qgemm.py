@@ -22,6 +22,7 @@ from kbitc.targets.cuda.kernels import levels
 from kbitc.targets.cuda.kernels import threads as t
 from kbitc.targets.cuda.kernels.arguments import Arguments, declared, finish_value
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.qgemm import QgemmSpec
 
 Expr = Any
@@ -165,20 +166,11 @@ class _Warp:
             return tirx.const(0, "int32")
         return v.bind(self.args.sums[row, block] * tirx.const(-self.feed.bias, "int32"))
 
-    def _word_reader(self, tap: Expr, unit: Expr, j: int) -> Any:
-        """Reads the uint32 of vector i of a unit for this thread's column of channel tile pair j."""
-        tile = self.tiles[j // 2]
-        lane = self.group + 8 * (j % 2)
-        known: dict[int, Expr] = {}
-
-        def read(vector: Any) -> Expr:
-            if isinstance(vector, int):
-                if vector not in known:
-                    known[vector] = v.bind(self.packed[tile * self.spec.taps + tap, unit, v.i64(vector), lane])
-                return known[vector]
-            return self.packed[tile * self.spec.taps + tap, unit, vector, lane]
-
-        return read
+    def _unit_codes(self, tap: Expr, unit: Expr, j: int) -> UnitCodes:
+        """The codes of a unit for this thread's column of channel tile pair j."""
+        tile, lane = self.tiles[j // 2], self.group + 8 * (j % 2)
+        row = tile * self.spec.taps + tap
+        return UnitCodes(self.spec.data_type.bits, lambda vector: self.packed[row, unit, v.i64(vector), lane])
 
     def _unit(self, tap: Expr, source: list[Expr], unit: Expr) -> None:
         """32 channels: m16n8k32."""
@@ -188,7 +180,7 @@ class _Warp:
             v.store(pair, [0], v.load(self.codes, [row, unit * WORDS + 2 * self.member], 2), 2)
             a.append(pair)
         for j in range(self.columns):
-            b = levels.step_pair(self.spec.data_type, self._word_reader(tap, unit, j), self.member)
+            b = levels.step_pair(self.spec.data_type, self._unit_codes(tap, unit, j), self.member)
             for i in range(self.shape.row_tiles):
                 top, bottom = a[2 * i], a[2 * i + 1]
                 words = [top[0], bottom[0], top[1], bottom[1]]
@@ -199,7 +191,7 @@ class _Warp:
         unit, step = v.bind(half // 2), v.bind((half % 2) * GROUP + self.member)
         a = [v.bind(self.codes[row, half * GROUP + self.member]) for row in source]
         for j in range(self.columns):
-            b = levels.one_step(self.spec.data_type, self._word_reader(tap, unit, j), step)
+            b = levels.one_step(self.spec.data_type, self._unit_codes(tap, unit, j), step)
             for i in range(self.shape.row_tiles):
                 builder.evaluate(mma.mma_k16(self.acc, self._at(i, j, 0), [a[2 * i], a[2 * i + 1]], [b]))
 
@@ -239,5 +231,3 @@ class _Warp:
         channel = t.at_most(self._channel(j, e), self.spec.outputs - 1)
         value = finish_value(self.args, self.spec, self.sums[self._at(i, j, e)], channel)
         self._store(self.args.out, (), i, j, e, value)
-
-

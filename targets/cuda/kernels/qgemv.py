@@ -24,6 +24,7 @@ from kbitc.targets.cuda.kernels import levels
 from kbitc.targets.cuda.kernels import threads as t
 from kbitc.targets.cuda.kernels.arguments import Arguments, declared, finish_value
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.qgemm import QgemmSpec
 
 Expr = Any
@@ -217,8 +218,9 @@ class _Thread:
             def word(k: int, lane: int = lane) -> Expr:
                 return words[k * QUAD + lane]
 
+            codes = UnitCodes(bits, word)
             for pair in range(low // 2, high // 2):
-                for e, fed in enumerate(levels.step_pair(self.spec.data_type, word, pair)):
+                for e, fed in enumerate(levels.step_pair(self.spec.data_type, codes, pair)):
                     level = v.bind(tirx.op.reinterpret("int32", fed))
                     for r in range(self.rows):
                         place = self.keys.index((r, lane))

@@ -23,10 +23,6 @@ class Avx512Vnni(Isa):
     tiles = 2
     vector_tiles = 4
 
-    def vector_tiles_for(self, bits: int) -> int:
-        """Half as many tiles where LLVM, which loads all code vectors of a unit first, would run out of registers."""
-        return self.vector_tiles // 2 if bits in (6, 7) else self.vector_tiles
-
     def table(self, entries: tuple[int, ...]) -> list[Expr]:
         """See `Isa.table`."""
         return table_registers(entries, self.bytes)

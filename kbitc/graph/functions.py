@@ -128,6 +128,12 @@ DequantizeKBit <bits, block> (stream, grid, scales, zeros, shape) => (Y) {{
 # name -> functions that its body calls.
 _CALLS = {DEQUANTIZE: (UNPACK,)} | integer_functions.CALLS
 
+_IDENTITY = """
+<domain: "kbitc", opset_import: ["" : {opset}]>
+DynamicQuantize <axis, after, block> (X) => (Y) {{
+    Y = Identity(X)
+}}"""
+
 
 def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
     """Put the named functions into the model, once each, and import their domain.
@@ -148,3 +154,19 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         model.functions[function.identifier()] = function
     if wanted:
         model.opset_imports[DOMAIN] = 1
+
+
+def without_rounding(model: ir.Model) -> ir.Model | None:
+    """A copy in which DynamicQuantize gives back what it takes; None when the model does not quantize at run time.
+
+    It shares the weights. It tells what the rounding of activations costs.
+    """
+    found = [key for key in model.functions if key[:2] == (DOMAIN, DYNAMIC_QUANTIZE)]
+    if not found:
+        return None
+    copy = model.clone()
+    for key in found:
+        opset = model.functions[key].opset_imports[""]
+        proto = onnx.parser.parse_function(_IDENTITY.format(opset=opset))
+        copy.functions[key] = ir.serde.deserialize_function(proto)
+    return copy

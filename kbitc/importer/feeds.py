@@ -25,7 +25,8 @@ Array = npt.NDArray[Any]
 MAX_BATCHES = 64
 #: Samples in a batch where the model leaves that open.
 OPEN_BATCH = 8
-_MADE_UP = 2
+#: Generated samples: the noise of few draws of few numbers says little of the next draw.
+_MADE_UP = 8
 
 
 class Input(Protocol):

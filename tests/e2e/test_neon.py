@@ -15,7 +15,7 @@ from kbitc.quant.metrics import compare
 from kbitc.targets.runner.execute import run_bundle
 
 pytestmark = pytest.mark.slow
-CASES = [("cls", 8), ("cls", 4), ("cls", 3), ("magika", 5), ("magika", 4), ("minilm", 4), ("rec", 4)]
+CASES = [(name, bits) for name in ("cls", "magika", "minilm", "rec") for bits in (8, 5, 4, 3)]
 
 
 def one_sample(task: Task) -> dict[str, Any]:

@@ -11,35 +11,40 @@ from kbitc.passes.verify.accuracy import Accuracy, References, check_floor, chec
 RANDOM = np.random.default_rng(5)
 ORIGINAL = RANDOM.normal(size=(4, 100)).astype(np.float32)
 NOISE = RANDOM.normal(size=ORIGINAL.shape).astype(np.float32)
-QUANTIZED = (ORIGINAL + RANDOM.normal(size=ORIGINAL.shape) * 0.1).astype(np.float32)
+WEIGHTS_ONLY = (ORIGINAL + RANDOM.normal(size=ORIGINAL.shape)).astype(np.float32)  # an error as at 2 bits: 0 dB
+QUANTIZED = (WEIGHTS_ONLY + RANDOM.normal(size=ORIGINAL.shape) * 0.01).astype(np.float32)
 
 
-def _measure(module: np.ndarray) -> Accuracy:
-    references = References([{}], [{"y": ORIGINAL}], [{"y": QUANTIZED}], "test")
-    return measure(references, lambda feeds: {"y": module})
+def _references(unrounded: np.ndarray) -> References:
+    return References([{}], [{"y": ORIGINAL}], [{"y": QUANTIZED}], [{"y": unrounded}], "test")
 
 
-def test_a_module_close_to_its_onnx_passes() -> None:
-    accuracy = _measure(QUANTIZED + np.float32(1e-3))
-    check_lowering(accuracy, rounded_activations=False)
-    assert accuracy.quantized["y"].sqnr_db == pytest.approx(20, abs=1)
-    assert accuracy.lowering is not None and accuracy.lowering["y"].sqnr_db > 50
+def _measure(module: np.ndarray, unrounded: np.ndarray = WEIGHTS_ONLY) -> Accuracy:
+    return measure(_references(unrounded), lambda feeds: {"y": module})
 
 
-def test_a_module_that_departs_from_its_onnx_is_refused() -> None:
-    with pytest.raises(InternalError, match="departs from its quantized ONNX.*output 'y'"):
-        check_lowering(_measure(QUANTIZED + NOISE * np.float32(0.05)), rounded_activations=False)
+def test_a_module_may_hold_another_draw_of_the_rounding_noise() -> None:
+    independent, opposite = 0.01 * NOISE, 0.99 * (WEIGHTS_ONLY - QUANTIZED)
+    for noise in (independent, opposite):
+        check_lowering(_measure((WEIGHTS_ONLY + noise).astype(np.float32)))
+
+
+def test_more_than_two_draws_of_the_rounding_noise_are_refused_however_few_bits_the_weights_have() -> None:
+    accuracy = _measure(QUANTIZED + NOISE * np.float32(0.025))
+    assert accuracy.quantized["y"].sqnr_db < 1 and accuracy.rounding["y"].sqnr_db > 40
+    with pytest.raises(InternalError, match="departs from its quantized ONNX.*output 'y'.*needs 36.9"):
+        check_lowering(accuracy)
+
+
+def test_without_rounded_activations_only_float32_sums_may_differ() -> None:
+    check_lowering(_measure(QUANTIZED + NOISE * np.float32(1e-4), unrounded=QUANTIZED))
+    with pytest.raises(InternalError, match="needs 60"):
+        check_lowering(_measure(QUANTIZED + NOISE * np.float32(1e-2), unrounded=QUANTIZED))
 
 
 def test_a_module_that_is_closer_to_the_original_but_not_to_its_onnx_is_refused() -> None:
     with pytest.raises(InternalError):
-        check_lowering(_measure(ORIGINAL), rounded_activations=False)
-
-
-def test_rounded_activations_may_be_another_draw_of_the_same_noise_but_no_more() -> None:
-    check_lowering(_measure(QUANTIZED + NOISE * np.float32(0.1)), rounded_activations=True)
-    with pytest.raises(InternalError, match="needs 17"):
-        check_lowering(_measure(QUANTIZED + NOISE * np.float32(0.2)), rounded_activations=True)
+        check_lowering(_measure(ORIGINAL))
 
 
 def test_min_sqnr_is_held() -> None:
@@ -51,8 +56,7 @@ def test_min_sqnr_is_held() -> None:
 
 
 def test_without_a_module_the_quantized_onnx_is_judged() -> None:
-    references = References([{}], [{"y": ORIGINAL}], [{"y": QUANTIZED}], "test")
-    accuracy = measure(references, None)
-    check_lowering(accuracy, rounded_activations=False)
+    accuracy = measure(_references(WEIGHTS_ONLY), None)
+    check_lowering(accuracy)
     with pytest.raises(AccuracyError):
         check_floor(accuracy, 30.0)

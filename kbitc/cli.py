@@ -35,9 +35,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
-        click.option(
-            "--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."
-        ),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."
         ),

@@ -293,4 +293,3 @@ def fresh_output(output: str | PathLike[str], force: bool) -> Path:
     if not path.absolute().parent.is_dir():
         raise UsageError("output folder does not exist", where=str(path.parent), remedy="create it first")
     return path
-

@@ -16,7 +16,7 @@ from kbitc.passes.allocate.survey import survey
 from kbitc.passes.allocate.uniform import allocate
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.plan import INT8, PlanEntry
-from kbitc.quant.tensor import scale_shape
+from kbitc.quant.tensor import storage_bits
 from kbitc.targets.target import host_target
 
 FLOAT_BITS = 32
@@ -83,7 +83,6 @@ def _weight(entry: PlanEntry) -> dict[str, Any]:
     weights = n * t * c
     bits = float(FLOAT_BITS)
     if entry.scheme is not None:
-        scales = scale_shape(entry.shape, entry.scheme)
-        bits = entry.scheme.bits + 16 * scales[0] * scales[1] * scales[2] / weights
+        bits = storage_bits(entry.shape, entry.scheme) / weights
     sizes = {"weights": weights, "bits_per_weight": round(bits, 3), "bytes": round(bits * weights / 8)}
     return {**entry.as_json(), **sizes}

@@ -80,8 +80,11 @@ def report(result: Report) -> None:
         table = _table("hardest weights", "scheme", "bits a weight", "SQNR dB", right=("bits a weight", "SQNR dB"))
         for item in worst:
             _row(
-            table,
-                item.entry.tensor, str(item.entry.scheme), f"{item.bits_per_weight:.2f}", f"{item.sqnr_db or 0:.1f}"
+                table,
+                item.entry.tensor,
+                str(item.entry.scheme),
+                f"{item.bits_per_weight:.2f}",
+                f"{item.sqnr_db or 0:.1f}",
             )
         console.print(table)
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
@@ -134,10 +137,7 @@ def bench(result: Mapping[str, Any]) -> None:
     table = _table("engine", "median ms", "min ms", "time / bundle", right=("median ms", "min ms", "time / bundle"))
     for item in result["engines"]:
         times = item["milliseconds"]
-        _row(
-            table,
-            item["name"], f"{times['median']:.3f}", f"{times['min']:.3f}", f"{item['ratio_to_bundle']:.2f}x"
-        )
+        _row(table, item["name"], f"{times['median']:.3f}", f"{times['min']:.3f}", f"{item['ratio_to_bundle']:.2f}x")
     console.print(table)
     if result["warning"]:
         console.print(f"[yellow]warning: {result['warning']}[/yellow]")

@@ -19,9 +19,7 @@ def list_targets() -> dict[str, Any]:
                 "host": target.name == host,
                 "compiles": not any(item.purpose == "compile" for item in missing),
                 "runs": host_runs(target),
-                "missing": [
-                    {"what": item.what, "purpose": item.purpose, "install": item.install} for item in missing
-                ],
+                "missing": [{"what": item.what, "purpose": item.purpose, "install": item.install} for item in missing],
             }
         )
     return {"host": host, "targets": rows}

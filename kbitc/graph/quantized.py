@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,19 @@ import onnx_ir as ir
 from kbitc.graph import functions, ops
 from kbitc.quant.format import Format
 from kbitc.quant.packing import unpack_dense
-from kbitc.quant.scheme import BLOCK_STEP, MAX_BLOCK, Granularity, QuantScheme, ScaleType
+from kbitc.quant.scales import GROUP, spread_steps, step_count
+from kbitc.quant.scheme import (
+    BLOCK_STEP,
+    MAX_BLOCK,
+    Granularity,
+    QuantScheme,
+    ScaleCode,
+    ScaleType,
+    fixed_formats,
+)
 from kbitc.quant.tensor import QTensor, scale_shape
 
+FloatArray = npt.NDArray[np.float32]
 # ONNX type -> (bits, signed)
 STANDARD_TYPES = {
     ir.DataType.INT2: (2, True),
@@ -89,6 +99,32 @@ def _scales(value: ir.Value | None) -> tuple[npt.NDArray[np.float32], ScaleType]
     return np.asarray(stored, np.float32), ScaleType.F32
 
 
+def _view_scales(value: ir.Value | None) -> tuple[FloatArray, ScaleType, ScaleCode, FloatArray | None] | None:
+    """Scales [N, T, CB], their type, how they are coded and their steps."""
+    node = None if value is None else value.producer()
+    sizes = None
+    if node is not None and _is(node, "Reshape"):
+        sizes = _constant(node.inputs[1])
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if node is None or not _is(node, "DequantizeLinear"):
+        plain = _scales(value)
+        return None if plain is None else (*plain, ScaleCode.PLAIN, None)
+    codes, steps = _constant(node.inputs[0]), _scales(node.inputs[1])
+    if codes is None or steps is None or len(node.inputs) > 2:
+        return None
+    block = node.attributes.get_int("block_size", 0)
+    if steps[0].ndim == 1 and (node.attributes.get_int("axis", 1) != 0 or block != (0 if sizes is None else GROUP)):
+        return None
+    scale_code = ScaleCode.INTEGER if sizes is None else ScaleCode.DOUBLE
+    shape = tuple(int(size) for size in sizes) if sizes is not None else codes.shape
+    if len(shape) != 3 or steps[0].size != step_count((shape[0], shape[1], shape[2]), scale_code):
+        return None
+    scales = codes.astype(np.float32).reshape(shape) * spread_steps(steps[0], shape, scale_code)
+    exact = bool((scales.astype(np.float16) == scales).all())
+    kept = steps[1] if scale_code is ScaleCode.INTEGER else (ScaleType.F16 if exact else ScaleType.F32)
+    return np.asarray(scales, np.float32), kept, scale_code, steps[0].reshape(-1)
+
+
 def _before_layout(node: ir.Node, kind: str) -> ir.Node | None:
     """Step back over the Reshape/Transpose that turn [N, T, C] into the ONNX layout."""
     chain = ("Reshape", "Transpose") if kind == "conv" else ("Reshape",)
@@ -104,7 +140,7 @@ def _read_function(node: ir.Node | None) -> QTensor | None:
     if node is None or node.domain != functions.DOMAIN or node.op_type != functions.DEQUANTIZE:
         return None
     stream, grid, scales, zeros, shape = node.inputs
-    data, levels, sizes, read = _constant(stream), _constant(grid), _constant(shape), _scales(scales)
+    data, levels, sizes, read = _constant(stream), _constant(grid), _constant(shape), _view_scales(scales)
     if data is None or levels is None or sizes is None or read is None:
         return None
     bits = node.attributes.get_int("bits", 0)
@@ -112,11 +148,14 @@ def _read_function(node: ir.Node | None) -> QTensor | None:
     n, t, c = (int(size) for size in sizes)
     codes = unpack_dense(np.asarray(data, np.uint8), bits, n * t * c).reshape(n, t, c)
     zero_points = _zero_codes(zeros, bits, read[0].shape)
-    data_type = _format(tuple(int(level) for level in levels), bits, zero_points is not None)
-    scheme = _scheme(data_type, read[0].shape, (n, t, c), block, zero_points is not None, read[1])
+    data_type, variant = _format(tuple(int(level) for level in levels), bits, zero_points is not None)
+    kind = QuantScheme(data_type.name, bits, Granularity.TENSOR, 0, zero_points is not None, read[1], variant)
+    # The integer product of any table need not fit int8: its block scales are then read as plain ones.
+    coded = not (data_type.name == "table" and read[2] is ScaleCode.INTEGER)
+    scheme = _scheme(kind, read[0].shape, (n, t, c), block, read[2] if coded else ScaleCode.PLAIN)
     if scheme is None:
         return None
-    return QTensor(codes, read[0], zero_points, data_type, scheme)
+    return QTensor(codes, read[0], zero_points, data_type, scheme, read[3] if coded else None)
 
 
 def _zero_codes(value: ir.Value | None, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:
@@ -132,30 +171,32 @@ def _zero_codes(value: ir.Value | None, bits: int, shape: tuple[int, ...]) -> np
     return unpack_dense(np.asarray(stream, np.uint8), bits, count).reshape(shape)
 
 
-def _format(levels: tuple[int, ...], bits: int, asymmetric: bool) -> Format:
+def _format(levels: tuple[int, ...], bits: int, asymmetric: bool) -> tuple[Format, str]:
+    """The data type that has these levels, and its variant; a plain table when there is none."""
     half = 2 ** (bits - 1)
-    uniform = levels == tuple(range(-half, half)) and bits > 1
-    name = "uint" if asymmetric else ("int" if uniform or bits == 1 else "grid")
-    return Format(name, bits, levels, uniform, asymmetric)
+    if asymmetric:
+        return Format("uint", bits, levels, levels == tuple(range(-half, half)), asymmetric=True), ""
+    for data_type, variant in fixed_formats(bits):
+        if data_type.levels == levels:
+            return data_type, variant
+    return Format("table", bits, levels, uniform=False, learned=True), ""
 
 
 def _scheme(
-    data_type: Format,
+    kind: QuantScheme,
     scales: tuple[int, ...],
     shape: tuple[int, int, int],
     block: int,
-    zero_point: bool,
-    scale_type: ScaleType,
+    scale_code: ScaleCode = ScaleCode.PLAIN,
 ) -> QuantScheme | None:
-    """The scheme whose scale shape is the one found; None when there is none."""
-    known = data_type.name if data_type.name != "grid" else "nf"
+    """The scheme of a kind whose scale shape is the one found; None when there is none."""
     candidates = [(Granularity.TENSOR, 0), (Granularity.CHANNEL, 0)]
     if block % BLOCK_STEP == 0 and BLOCK_STEP <= block <= MAX_BLOCK:
         candidates.insert(0, (Granularity.BLOCK, block))
     for granularity, size in candidates:
-        scheme = QuantScheme(known, data_type.bits, granularity, size, zero_point, scale_type)
+        scheme = replace(kind, granularity=granularity, block=size)
         if scale_shape(shape, scheme) == tuple(scales):
-            return scheme
+            return replace(scheme, scale_code=scale_code)
     return None
 
 
@@ -182,9 +223,10 @@ def _read_standard(node: ir.Node, kind: str) -> QTensor | None:
         raw = _numbers(zero) if zero is not None else np.zeros(read[0].shape, np.int16)
         zero_view, _ = _spread_view((raw + (half if signed else 0)).astype(np.float32), node, kind, shape)
         zero_points = None if zero_view is None else zero_view.astype(np.uint8)
-    data_type = _format(tuple(range(-half, half)), bits, zero_points is not None)
+    data_type, _ = _format(tuple(range(-half, half)), bits, zero_points is not None)
     view = ops.view_shape(kind, shape)
-    scheme = _scheme(data_type, scales.shape, view, block, zero_points is not None, read[1])
+    kind_of_weight = QuantScheme(data_type.name, bits, Granularity.TENSOR, 0, zero_points is not None, read[1])
+    scheme = _scheme(kind_of_weight, scales.shape, view, block)
     if scheme is None:
         return None
     codes = ops.to_view(values.astype(np.uint8), kind)

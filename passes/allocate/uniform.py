@@ -85,7 +85,7 @@ def _fit(model: ir.Model, candidate: Candidate, scheme: QuantScheme) -> tuple[Qu
     channels = candidate.shape[2]
     small = candidate.kind == "conv" and channels < min(scheme.block, MIN_BLOCK_CHANNELS)
     if scheme.granularity is Granularity.BLOCK and small:
-        scheme = replace(scheme, granularity=Granularity.CHANNEL, block=0)
+        scheme = scheme.per_channel()
         reasons.append(f"one scale a channel: {channels} channels a tap are fewer than a block")
     if scheme.scale_type is ScaleType.F16 and not _fits_f16(model, candidate, scheme):
         scheme = replace(scheme, scale_type=ScaleType.F32)

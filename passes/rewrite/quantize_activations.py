@@ -48,9 +48,7 @@ def _insert(graph: ir.Graph, user: ir.Node, source: ir.Value, axis: int, block: 
     """A DynamicQuantize node in front of its first user."""
     name = f"{source.name}.dynamic_a{axis}_b{block}"
     attributes = {"axis": axis, "after": axis + 1, "block": block}
-    node = ir.node(
-        functions.DYNAMIC_QUANTIZE, [source], attributes=attributes, domain=functions.DOMAIN, name=name
-    )
+    node = ir.node(functions.DYNAMIC_QUANTIZE, [source], attributes=attributes, domain=functions.DOMAIN, name=name)
     output = node.outputs[0]
     output.name, output.shape, output.type = name, source.shape, source.type
     graph.insert_before(user, node)

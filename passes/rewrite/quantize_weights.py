@@ -4,8 +4,9 @@ Before:
     MatMul(x, W)                                  W f32 initializer
 After, where ONNX has the type (int and uint of 2, 4, 8 bits):
     MatMul(x, DequantizeLinear(codes, Cast(scales), [zero points], axis, block_size))
-After, for every other format:
+After, for every other format, and where scales are themselves quantized:
     MatMul(x, Transpose(Reshape(kbitc::DequantizeKBit(stream, grid, Cast(scales), zeros, shape))))
+with DequantizeLinear(scale codes, Cast(steps)) in place of Cast(scales) for quantized scales.
 Keeps the graph when the plan gives the tensor no scheme. Every user of the initializer sees the same new value,
 so tied weights stay tied.
 """
@@ -21,7 +22,8 @@ import onnx_ir as ir
 
 from kbitc.graph import functions, ops
 from kbitc.quant.packing import pack_dense
-from kbitc.quant.scheme import Granularity, ScaleType
+from kbitc.quant.scales import GROUP
+from kbitc.quant.scheme import Granularity, ScaleCode, ScaleType
 from kbitc.quant.tensor import QTensor
 
 STANDARD_DTYPES = {
@@ -68,7 +70,7 @@ def quantize_weights(model: ir.Model, tensors: Mapping[str, QTensor], kinds: Map
 
 
 def _is_standard(tensor: QTensor) -> bool:
-    return (tensor.format.name, tensor.bits) in STANDARD_DTYPES
+    return tensor.scale_steps is None and (tensor.format.name, tensor.bits) in STANDARD_DTYPES
 
 
 class _Builder:
@@ -97,11 +99,39 @@ class _Builder:
             self.graph.insert_before(self.position, node)
         return output
 
-    def scales(self, tensor: QTensor, array: npt.NDArray[np.generic]) -> ir.Value:
-        if tensor.scheme.scale_type is ScaleType.F32:
-            return self.constant("scales", array)
-        stored = self.constant("scales", array.astype(np.float16))
-        return self.node("Cast", [stored], "scales_f32", to=int(ir.DataType.FLOAT))
+    def scales(self, suffix: str, array: npt.NDArray[np.generic], scale_type: ScaleType) -> ir.Value:
+        """Scales, or steps of scales, as float32."""
+        if scale_type is ScaleType.F32:
+            return self.constant(suffix, array)
+        stored = self.constant(suffix, array.astype(np.float16))
+        return self.node("Cast", [stored], f"{suffix}_f32", to=int(ir.DataType.FLOAT))
+
+    def view_scales(self, tensor: QTensor) -> ir.Value:
+        """The scales of a weight in their own shape [N, T, CB]."""
+        if tensor.scale_steps is None:
+            return self.scales("scales", tensor.scales, tensor.scheme.scale_type)
+        codes = tensor.scale_codes()
+        if tensor.scheme.scale_code is ScaleCode.INTEGER:
+            steps = self.scales("scale_steps", tensor.scale_steps, tensor.scheme.scale_type)
+            stored = self.constant("scale_codes", codes.astype(ml_dtypes.uint4))
+            return self.node("DequantizeLinear", [stored, steps], "scales", axis=0)
+        stored = self.constant("scale_codes", codes.reshape(-1))
+        # onnxruntime takes one step in a vector for a scale of the whole tensor, which has no blocks.
+        if tensor.scale_steps.size == 1:
+            line = self.node(
+                "DequantizeLinear", [stored, self.constant("scale_steps", tensor.scale_steps[0])], "scale_line"
+            )
+        else:
+            steps = self.constant("scale_steps", tensor.scale_steps)
+            line = self.node("DequantizeLinear", [stored, steps], "scale_line", axis=0, block_size=GROUP)
+        return self.node("Reshape", [line, self.scale_shape(tensor)], "scales")
+
+    def scale_shape(self, tensor: QTensor) -> ir.Value:
+        """The shape of the scales as a constant, once a weight."""
+        name = f"{self.name}.scale_shape"
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        return self.constant("scale_shape", np.array(tensor.scales.shape, np.int64))
 
     def replace(self, weight: ir.Value, value: ir.Value) -> None:
         value.shape = weight.shape
@@ -115,7 +145,8 @@ class _Builder:
         offset = 0 if tensor.format.asymmetric else 2 ** (tensor.bits - 1)
         codes = ops.from_view(tensor.codes.astype(np.int16) - offset, kind, shape)
         inputs: list[ir.Value | None] = [self.constant("codes", codes.astype(dtype))]
-        inputs.append(self.scales(tensor, _onnx_scales(tensor.scales, tensor, kind, shape)))
+        arranged = _onnx_scales(tensor.scales, tensor, kind, shape)
+        inputs.append(self.scales("scales", arranged, tensor.scheme.scale_type))
         if tensor.zero_points is not None:
             zeros = _onnx_scales(tensor.zero_points, tensor, kind, shape)
             inputs.append(self.constant("zero_points", zeros.astype(dtype)))
@@ -134,7 +165,7 @@ class _Builder:
         shape = [int(dim) for dim in weight.const_value.shape.numpy()] if weight.const_value is not None else []
         stream = self.constant("codes", pack_dense(tensor.codes, tensor.bits))
         grid = self.constant("grid", tensor.format.grid.astype(np.float32))
-        scales = self.scales(tensor, tensor.scales)
+        scales = self.view_scales(tensor)
         sizes = self.constant("shape", np.array(tensor.shape, np.int64))
         value = self.node(
             functions.DEQUANTIZE,
@@ -156,7 +187,7 @@ class _Builder:
         if tensor.zero_points is None:
             return self.constant("zeros", np.zeros(tensor.scales.shape, np.float32)[:1, :1])
         stream = self.constant("zero_points", pack_dense(tensor.zero_points, tensor.bits))
-        sizes = self.constant("scale_shape", np.array(tensor.scales.shape, np.int64))
+        sizes = self.scale_shape(tensor)
         codes = self.node(functions.UNPACK, [stream, sizes], "zero_codes", domain=functions.DOMAIN, bits=tensor.bits)
         return self.node("Gather", [grid, codes], "zeros")
 

@@ -5,8 +5,11 @@ Per block with weights w and levels g_0 < ... < g_max (Jacob et al., arXiv 1712.
     symmetric:   scale = max(min(w) / g_0, max(w) / g_max)
     asymmetric:  scale = (max(w, 0) - min(w, 0)) / (2^k - 1),  zero point = round(-min(w, 0) / scale)
     one bit:     scale = mean |w|  (least squares for a sign; XNOR-Net, arXiv 1603.05279, equation 6)
+    learned:     scale = max |w| / 127, then the levels are fitted to w / scale
 
-The scale is rounded to its storage type before the weights are divided by it, so the codes fit the stored scale.
+The scale is rounded to its storage type before the weights are divided by it, so the codes fit the stored scale. An
+integer block scale is the nearest multiple of its channel's step, or the one above or below when that gives the block
+less squared error.
 """
 
 from __future__ import annotations
@@ -15,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kbitc.quant.format import Format
-from kbitc.quant.scheme import Granularity, QuantScheme, ScaleType
-from kbitc.quant.tensor import QTensor, blocks_of, spread
+from kbitc.quant.learn import data_type_of
+from kbitc.quant.scales import spread_steps, store_scales
+from kbitc.quant.scheme import QuantScheme, ScaleCode
+from kbitc.quant.tensor import QTensor, block_range, block_sum, shape3, spread
 
 FloatArray = npt.NDArray[np.float32]
-# Smallest normal f16 and f32: a smaller scale would lose its precision when stored.
-SMALLEST = {ScaleType.F16: np.float32(2.0**-14), ScaleType.F32: np.finfo(np.float32).tiny}
-LARGEST_F16 = np.float32(65504.0)
 
 
 def solve(weight: FloatArray, scheme: QuantScheme) -> QTensor:
@@ -32,56 +34,68 @@ def solve(weight: FloatArray, scheme: QuantScheme) -> QTensor:
         scheme: what it becomes.
 
     Returns:
-        The codes, with scales already rounded to the scheme's scale type.
+        The codes, with scales already rounded to what the scheme stores.
     """
-    data_type = scheme.data_type()
-    low, high, magnitude = _block_ranges(weight, scheme)
+    return solve_with(weight, scheme, data_type_of(weight, scheme))
+
+
+def solve_with(weight: FloatArray, scheme: QuantScheme, data_type: Format) -> QTensor:
+    """The same with a data type of the scheme whose levels are already fitted (`kbitc.quant.learn`)."""
+    low, high = block_range(weight, scheme)
+    if data_type.asymmetric:
+        wanted = (high - low) / np.float32(2**scheme.bits - 1)
+    elif scheme.bits == 1:
+        wanted = block_sum(np.abs(weight), scheme) / block_sum(np.ones_like(weight), scheme)
+    else:
+        wanted = data_type.scale_for(low, high)
+    scales, steps = store_scales(wanted, scheme)
+    if not data_type.asymmetric and 0 not in data_type.levels:
+        # Without a zero level only a zero scale makes an all-zero block zero again.
+        scales = np.where(low == high, np.float32(0), scales)
+    found = encode(weight, scales, steps, data_type, scheme)
+    return best_scale_codes(weight, found) if scheme.scale_code is ScaleCode.INTEGER else found
+
+
+def encode(
+    weight: FloatArray, scales: FloatArray, steps: FloatArray | None, data_type: Format, scheme: QuantScheme
+) -> QTensor:
+    """Zero points and nearest codes for given scales.
+
+    Args:
+        weight: f32 [N, T, C].
+        scales, steps: as `kbitc.quant.scales.store_scales` gives them.
+        data_type: the levels.
+        scheme: what the weight becomes.
+    """
+    ratio = weight / spread(np.where(scales > 0, scales, np.float32(1)), shape3(weight), scheme)
     zero_points = None
     if data_type.asymmetric:
-        scales = _store((high - low) / np.float32(2**scheme.bits - 1), scheme.scale_type)
+        low, _ = block_range(weight, scheme)
         zero_points = np.clip(np.rint(-low / scales), 0, 2**scheme.bits - 1).astype(np.uint8)
-    elif scheme.bits == 1:
-        # A sign has no zero level: only a zero scale makes an all-zero block zero again.
-        scales = np.where(magnitude > 0, _store(magnitude, scheme.scale_type), np.float32(0))
-    else:
-        scales = _store(_symmetric_scale(low, high, data_type), scheme.scale_type)
-    divisor = np.where(scales > 0, scales, np.float32(1))
-    ratio = weight / spread(divisor, _shape3(weight), scheme)
-    if zero_points is not None:
-        zeros = data_type.grid.astype(np.float32)[spread(zero_points, _shape3(weight), scheme)]
-        ratio = ratio + zeros
-    return QTensor(data_type.encode(np.asarray(ratio, np.float32)), scales, zero_points, data_type, scheme)
+        ratio = ratio + data_type.grid.astype(np.float32)[spread(zero_points, shape3(weight), scheme)]
+    return QTensor(data_type.encode(np.asarray(ratio, np.float32)), scales, zero_points, data_type, scheme, steps)
 
 
-def _shape3(weight: FloatArray) -> tuple[int, int, int]:
-    n, t, c = weight.shape
-    return n, t, c
+def best_scale_codes(weight: FloatArray, start: QTensor) -> QTensor:
+    """Move each integer block scale by one step where that lowers the squared error of its block."""
+    best = start
+    for shift in (-1, 1):
+        codes = np.clip(best.scale_codes().astype(np.int16) + shift, 1, best.scheme.largest_scale_code)
+        moved = np.where(best.scales > 0, codes * _steps(best), best.scales).astype(np.float32)
+        other = encode(weight, moved, best.scale_steps, best.format, best.scheme)
+        better = _squared_error(weight, other) < _squared_error(weight, best)
+        scales = np.where(better, other.scales, best.scales)
+        best = encode(weight, scales, best.scale_steps, best.format, best.scheme)
+    return best
 
 
-def _symmetric_scale(low: FloatArray, high: FloatArray, data_type: Format) -> FloatArray:
-    below, above = low / np.float32(data_type.levels[0]), high / np.float32(data_type.levels[-1])
-    return np.asarray(np.maximum(below, above), np.float32)
+def _steps(tensor: QTensor) -> FloatArray:
+    """The step of every scale, f32 of the scales' shape."""
+    if tensor.scale_steps is None:
+        return tensor.scales
+    return spread_steps(tensor.scale_steps, tensor.scales.shape, tensor.scheme.scale_code)
 
 
-def _block_ranges(weight: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Per scale: min(w, 0), max(w, 0) and mean |w|, f32 of the scales' shape."""
-    if scheme.granularity is Granularity.BLOCK:
-        n, t, c = weight.shape
-        count = blocks_of(c, scheme)
-        padded = np.zeros((n, t, count * scheme.block), np.float32)
-        padded[:, :, :c] = weight
-        split = padded.reshape(n, t, count, scheme.block)
-        used = np.minimum(scheme.block, c - scheme.block * np.arange(count)).astype(np.float32)
-        return split.min(axis=3), split.max(axis=3), np.abs(split).sum(axis=3, dtype=np.float32) / used
-    axes = (0, 1, 2) if scheme.granularity is Granularity.TENSOR else (1, 2)
-    low = np.minimum(weight.min(axis=axes, keepdims=True), np.float32(0))
-    high = np.maximum(weight.max(axis=axes, keepdims=True), np.float32(0))
-    return low, high, np.abs(weight).mean(axis=axes, keepdims=True, dtype=np.float32)
-
-
-def _store(scales: FloatArray, scale_type: ScaleType) -> FloatArray:
-    """Round to the storage type; an all-zero block gets 1: runtimes refuse a scale of 0."""
-    filled = np.where(scales > 0, np.maximum(scales, SMALLEST[scale_type]), np.float32(1))
-    if scale_type is ScaleType.F32:
-        return np.asarray(filled, np.float32)
-    return np.minimum(filled, LARGEST_F16).astype(np.float16).astype(np.float32)
+def _squared_error(weight: FloatArray, tensor: QTensor) -> FloatArray:
+    """Sums over the weights of each scale."""
+    return block_sum(np.square(weight - tensor.dequantize()), tensor.scheme)

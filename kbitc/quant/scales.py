@@ -1,0 +1,89 @@
+"""How scales are stored: rounded to a float type, or as small codes of a coarser step."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from kbitc.quant.scheme import QuantScheme, ScaleCode, ScaleType
+
+FloatArray = npt.NDArray[np.float32]
+# Smallest normal f16 and f32: a smaller scale would lose its precision when stored.
+SMALLEST = {ScaleType.F16: np.float32(2.0**-14), ScaleType.F32: np.finfo(np.float32).tiny}
+LARGEST_F16 = np.float32(65504.0)
+#: Scales that share a step with ScaleCode.DOUBLE.
+GROUP = 256
+# A step is rounded to so many significant bits that code * step is exact in the scale type, and for f32 also
+# level * code * step in any order: 4-bit codes and 11 bits of f16; products of at most 127 and 24 bits of f32.
+STEP_BITS = {ScaleType.F16: 7, ScaleType.F32: 16}
+# f16 values are multiples of this.
+SMALLEST_STEP = {ScaleType.F16: np.float32(2.0**-24), ScaleType.F32: np.finfo(np.float32).tiny}
+
+
+def store_scales(scales: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, FloatArray | None]:
+    """Round scales to what the scheme can store.
+
+    Args:
+        scales: f32 [N, T, CB], [N, 1, 1] or [1, 1, 1], at least 0; 0 for an all-zero block.
+        scheme: says how.
+
+    Returns:
+        The stored scales, f32 of the same shape, positive (a runtime may refuse a scale of 0); and the steps of coded
+        scales, f32 [N] (integer) or [ceil(scales / 256)] (double), or None for plain ones.
+    """
+    if scheme.scale_code is ScaleCode.PLAIN:
+        return round_scales(scales, scheme.scale_type), None
+    flat = _groups(scales, scheme.scale_code)
+    steps = _steps(flat.max(axis=1), scheme)
+    most = np.full_like(steps, scheme.largest_scale_code)
+    if scheme.scale_type is ScaleType.F16:
+        most = np.minimum(most, np.floor(LARGEST_F16 / steps))
+    codes = np.clip(np.rint(flat / steps[:, None]), 1, most[:, None])
+    stored = (codes * steps[:, None]).reshape(-1)[: scales.size].reshape(scales.shape)
+    return np.asarray(stored, np.float32), steps
+
+
+def round_scales(scales: FloatArray, scale_type: ScaleType) -> FloatArray:
+    """Round to the storage type; an all-zero block gets 1: runtimes refuse a scale of 0."""
+    filled = np.where(scales > 0, np.maximum(scales, SMALLEST[scale_type]), np.float32(1))
+    if scale_type is ScaleType.F32:
+        return np.asarray(filled, np.float32)
+    return np.minimum(filled, LARGEST_F16).astype(np.float16).astype(np.float32)
+
+
+def spread_steps(steps: FloatArray, shape: tuple[int, ...], scale_code: ScaleCode) -> FloatArray:
+    """The step of every scale: steps as `store_scales` gives them -> f32 of the scales' shape."""
+    if scale_code is ScaleCode.INTEGER:
+        return np.broadcast_to(steps.reshape(-1, *[1] * (len(shape) - 1)), shape)
+    return np.repeat(steps, GROUP)[: int(np.prod(shape))].reshape(shape)
+
+
+def step_count(scales: tuple[int, int, int], scale_code: ScaleCode) -> int:
+    """Steps of scales of this shape; 0 for plain ones."""
+    if scale_code is ScaleCode.PLAIN:
+        return 0
+    return scales[0] if scale_code is ScaleCode.INTEGER else -(-int(np.prod(scales)) // GROUP)
+
+
+def _groups(scales: FloatArray, scale_code: ScaleCode) -> FloatArray:
+    """Scales that share a step as rows, the last one filled with zeros."""
+    if scale_code is ScaleCode.INTEGER:
+        return scales.reshape(scales.shape[0], -1)
+    padded = np.zeros(-(-scales.size // GROUP) * GROUP, np.float32)
+    padded[: scales.size] = scales.reshape(-1)
+    return padded.reshape(-1, GROUP)
+
+
+def _steps(peaks: FloatArray, scheme: QuantScheme) -> FloatArray:
+    """The step of each group from its largest scale: a power of two for double quantization."""
+    ratio = np.where(peaks > 0, peaks, np.float32(scheme.largest_scale_code)) / np.float32(scheme.largest_scale_code)
+    mantissa, exponent = np.frexp(ratio)
+    if scheme.scale_code is ScaleCode.DOUBLE:
+        steps = np.ldexp(np.float32(1), np.where(mantissa > 0.5, exponent, exponent - 1))
+    else:
+        whole = np.float32(2 ** STEP_BITS[scheme.scale_type])
+        steps = np.ldexp(np.rint(mantissa * whole) / whole, exponent)
+    smallest = SMALLEST_STEP[scheme.scale_type]
+    if scheme.scale_type is ScaleType.F16:
+        steps = np.rint(steps / smallest) * smallest
+    return np.asarray(np.maximum(steps, smallest), np.float32)

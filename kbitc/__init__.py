@@ -36,6 +36,7 @@ def compile(
     force: bool = False,
     debug_accumulators: bool = False,
     with_runtime: bool = False,
+    **planning: Any,
 ) -> Report:
     """Quantize a model and compile it into a bundle.
 
@@ -55,6 +56,8 @@ def compile(
         force: replace an existing output.
         debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
         with_runtime: put the native runner and the runtime libraries into the bundle.
+        planning: plan, write_plan, target_bpw, size_budget, max_drop, metric, labels, allocate, as the options of the
+            command line (docs/plan.md).
 
     Returns:
         The report that is also in the bundle.
@@ -67,7 +70,7 @@ def compile(
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
         exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
-        debug_accumulators=debug_accumulators, with_runtime=with_runtime,
+        debug_accumulators=debug_accumulators, with_runtime=with_runtime, **planning,
     )  # fmt: skip
     return driver.compile_model(model, output, chosen, calibration)
 
@@ -87,13 +90,14 @@ def quantize(
     min_sqnr: float | None = None,
     dump_dir: str | PathLike[str] | None = None,
     force: bool = False,
+    **planning: Any,
 ) -> Report:
     """Quantize a model and write it as an ONNX file that any runtime executes; arguments as for `compile`."""
     from kbitc import driver, options
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
-        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
+        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, **planning,
     )  # fmt: skip
     return driver.quantize_model(model, output, chosen, calibration)
 

@@ -48,6 +48,24 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Where the plan comes from and what it has to keep: options of compile and quantize."""
+    path = click.Path(path_type=Path)
+    options = [
+        click.option("--plan", type=path, metavar="FILE", help="Take schemes from a plan (JSON); it goes first."),
+        click.option("--write-plan", type=path, metavar="FILE", help="Write the plan that was carried out."),
+        click.option("--target-bpw", type=float, metavar="BITS", help="Mix widths: at most so many bits a weight."),
+        click.option("--size-budget", metavar="SIZE", help="Mix widths: at most 20MB (or 20MiB) on disk in all."),
+        click.option("--max-drop", metavar="PERCENT", help="Mix widths: smallest whose score falls at most 0.5%."),
+        click.option("--metric", help="Score of --max-drop: top1, sqnr, cosine, or a .py with score(outputs, labels)."),
+        click.option("--labels", type=path, metavar="FILE", help="Labels of the calibration samples, for --metric."),
+        click.option("--allocate", metavar="NAME", help="sensitivity (default), second_order or uniform."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="kbitc")
 def cli() -> None:
@@ -57,6 +75,7 @@ def cli() -> None:
 @cli.command("compile", short_help="Quantize a model and compile it into a bundle.")
 @click.argument("model", type=click.Path(path_type=Path))
 @_quantization
+@_planning
 @click.option("--with-runtime", is_flag=True, help="Put the native runner and its libraries into the bundle.")
 @click.option("--debug-accumulators", is_flag=True, help="Also output int8 codes and int32 accumulators.")
 @_json
@@ -68,6 +87,7 @@ def compile_command(model: Path, output: Path, as_json: bool, calibration: Path 
 @cli.command(short_help="Quantize a model and write it as ONNX.")
 @click.argument("model", type=click.Path(path_type=Path))
 @_quantization
+@_planning
 @_json
 def quantize(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:
     """Quantize MODEL and write an ONNX file that any runtime executes."""
@@ -146,13 +166,15 @@ def verify(bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: floa
 
 @cli.command(short_help="Show what is in a model or a bundle.")
 @click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE", help="Check a plan and show what it makes.")
+@click.option("--write-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan that is shown.")
 @_json
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, plan: Path | None, write_plan: Path | None, as_json: bool) -> None:
     """Inputs, outputs, operators, bytes and bits per weight, what would be quantized, what not, and why."""
     from kbitc.commands import inspect as command
     from kbitc.commands import show
 
-    result = command.inspect_path(path)
+    result = command.inspect_path(path, plan, write_plan)
     show.emit(result, as_json, lambda: show.inspect(result))
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,7 +18,7 @@ from kbitc import catalog
 from kbitc.errors import UsageError
 from kbitc.graph import ops
 from kbitc.options import CompileOptions
-from kbitc.quant.plan import INT8, QuantPlan
+from kbitc.quant.plan import INT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from kbitc.bundle.writer import Staging
     from kbitc.passes.verify.accuracy import References
+    from kbitc.planner import Planner
     from kbitc.targets.build import Built
     from kbitc.targets.target import Target
 
@@ -62,15 +63,23 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """What stages 1 to 7 give: the canonical float model, its quantized form, the plan and the reference outputs."""
+class Prepared:
+    """What is the same for every plan: the canonical float model and the samples."""
 
     original: ir.Model
+    feeds: list[dict[str, Any]]
+    data: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What stages 6 and 7 give: the quantized model and the reference outputs."""
+
     model: ir.Model
     plan: QuantPlan
     weights: tuple[WeightReport, ...]
     references: References
-    provenance: dict[str, Any]
 
 
 def quantize_model(
@@ -82,21 +91,29 @@ def quantize_model(
     Raises:
         KbitcError: with the reason in one line; nothing is written then.
     """
-    from kbitc.importer.files import write_model
+    from kbitc.importer.files import file_size, write_model
     from kbitc.passes.verify import accuracy
     from kbitc.targets.target import parse_target
 
     trace = trace or Trace(options.dump_dir)
     target = parse_target(options.target)
     path = fresh_output(output, options.force)
-    made = run_quantization(source, options, target, calibration, trace)
+    prepared = prepare(source, options, target, calibration, trace)
+    planner, kinds = make_planner(prepared, options, target, trace, bundle=False)
+    while True:
+        made = quantize_prepared(prepared, planner.plan, kinds, trace)
+        report = Report(str(path), None, options.scheme_text, made.weights, {}, (), {}, trace.seconds)
+        with trace.stage("write"):
+            size = file_size(made.model, path) if options.budget.size is not None else 0
+        if planner.accepts(size, report.bits_per_weight):
+            break
     measured = accuracy.measure(made.references, None)
     accuracy.check_floor(measured, options.min_sqnr)
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
     with trace.stage("write"):
         size = write_model(made.model, path)
-    sizes = {"onnx": size}
-    return Report(str(path), None, options.scheme_text, made.weights, measured.as_json(), (), sizes, trace.seconds)
+    made.plan.write(options.write_plan)
+    return replace(report, accuracy=measured.as_json(), bytes={"onnx": size}, planning=planner.summary())
 
 
 def compile_model(
@@ -108,45 +125,63 @@ def compile_model(
     Raises:
         KbitcError: with the reason in one line; nothing is written then.
     """
-    from kbitc.bundle.writer import stage
-    from kbitc.passes.verify import accuracy
-    from kbitc.targets.build import build
+    from kbitc.bundle.writer import check_output, stage
     from kbitc.targets.target import parse_target
 
     trace = trace or Trace(options.dump_dir)
     target = parse_target(options.target)
-    with stage(output, force=options.force) as staging:
-        made = run_quantization(source, options, target, calibration, trace)
-        with trace.stage("lower and build"):
-            built = build(made.model, target, debug_accumulators=options.debug_accumulators, dump=trace.dump)
-            staging.write_library(built.library)
-            staging.write_weights(built.weights)
-        with trace.stage("verify"):
-            measured = accuracy.measure(made.references, staged_module(staging, built, target))
-            accuracy.check_lowering(measured)
-            accuracy.check_floor(measured, options.min_sqnr)
-        trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
-        weights = with_packed_sizes(made.weights, built.weights)
-        report = Report(
-            str(output), target.name, options.scheme_text, weights, measured.as_json(), built.layers,
-            staging.sizes, trace.seconds,
-        )  # fmt: skip
-        with trace.stage("write"):
-            finish_bundle(staging, built, target, report, made, options)
-    return report
+    check_output(output, force=options.force)
+    prepared = prepare(source, options, target, calibration, trace)
+    planner, kinds = make_planner(prepared, options, target, trace, bundle=True)
+    while True:
+        with stage(output, force=options.force) as staging:
+            made = quantize_prepared(prepared, planner.plan, kinds, trace)
+            report = compile_plan(staging, str(output), made, planner, prepared.provenance, options, target, trace)
+        if report is not None:
+            made.plan.write(options.write_plan)
+            return report
 
 
-def run_quantization(
-    source: Source, options: CompileOptions, target: Target, calibration: Any, trace: Trace
-) -> Quantized:
-    """Stages 1 to 7."""
+def compile_plan(
+    staging: Staging, output: str, made: Quantized, planner: Planner, origin: dict[str, Any],
+    options: CompileOptions, target: Target, trace: Trace,
+) -> Report | None:  # fmt: skip
+    """Stages 8 to 12 of one plan. None when the planner does not accept the size of the result: it is not published."""
+    from kbitc.passes.verify import accuracy
+    from kbitc.targets.build import build
+
+    with trace.stage("lower and build"):
+        built = build(made.model, target, debug_accumulators=options.debug_accumulators, dump=trace.dump)
+        staging.write_library(built.library)
+        staging.write_weights(built.weights)
+    with trace.stage("verify"):
+        measured = accuracy.measure(made.references, staged_module(staging, built, target))
+        accuracy.check_lowering(measured)
+    trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
+    report = Report(
+        output, target.name, options.scheme_text, with_packed_sizes(made.weights, built.weights), measured.as_json(),
+        built.layers, staging.sizes, trace.seconds, planner.summary(),
+    )  # fmt: skip
+
+    def accepts(size: int) -> bool:
+        if not planner.accepts(size, report.bits_per_weight):
+            return False
+        accuracy.check_floor(measured, options.min_sqnr)
+        return True
+
+    with trace.stage("write"):
+        published = finish_bundle(staging, built, target, report, made.plan, origin, options, accepts)
+    return report if published else None
+
+
+def prepare(source: Source, options: CompileOptions, target: Target, calibration: Any, trace: Trace) -> Prepared:
+    """Stages 1 to 3."""
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
     from kbitc.importer import load_model
     from kbitc.importer.feeds import sample_feeds
     from kbitc.importer.signature import parse_shape
     from kbitc.passes.canonicalize import canonicalize
-    from kbitc.passes.verify.accuracy import reference_runs
 
     trace.dump("00-options.json", options.text)
     with trace.stage("import"):
@@ -159,18 +194,26 @@ def run_quantization(
         trace.dump("02-canonical.onnx.txt", lambda: model_text(original))
     with trace.stage("check target"):
         check_target(original, target)
-    with trace.stage("plan"):
+    with trace.stage("samples"):
         feeds, data = sample_feeds(original, calibration)
-        plan, kinds = make_plan(original, options, target)
-        trace.dump("05-plan.json", plan.text)
+    return Prepared(original, feeds, data, provenance(source, options))
+
+
+def quantize_prepared(prepared: Prepared, plan: QuantPlan, kinds: dict[str, str], trace: Trace) -> Quantized:
+    """Stages 6 and 7."""
+    from kbitc.graph import legality
+    from kbitc.graph.text import model_text
+    from kbitc.passes.verify.accuracy import reference_runs
+
+    trace.dump("05-plan.json", plan.text)
     with trace.stage("quantize"):
-        tensors, weights = solve(original, plan, kinds)
-        quantized = rewrite(original, plan, tensors, kinds)
+        tensors, weights = solve(prepared.original, plan, kinds)
+        quantized = rewrite(prepared.original, plan, tensors, kinds)
         legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
-        references = reference_runs(original, quantized, feeds, data)
-    return Quantized(original, quantized, plan, weights, references, provenance(source, options))
+        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data)
+    return Quantized(quantized, plan, weights, references)
 
 
 def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
@@ -199,21 +242,42 @@ def check_target(model: ir.Model, target: Target) -> None:
 
 
 def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple[QuantPlan, dict[str, str]]:
-    """Stage 5; also the view (matmul, conv, embedding) of every planned tensor."""
+    """Stage 5 without a budget; also the view (matmul, conv, embedding) of every planned tensor."""
     from kbitc.passes.allocate.exclude import excluded_by
+    from kbitc.passes.allocate.given import apply_requests
     from kbitc.passes.allocate.survey import survey
-    from kbitc.passes.allocate.uniform import allocate, keep_float
+    from kbitc.passes.allocate.uniform import accepted_by, allocate, keep_float
 
     candidates = survey(model)
     kinds = {candidate.tensor: candidate.kind for candidate in candidates}
     excluded = excluded_by(candidates, options.exclude)
+    accepts = accepted_by(target)
     if options.scheme is None:
-        return keep_float(candidates), kinds
+        plan = keep_float(candidates)
+    else:
+        plan = allocate(model, candidates, options.scheme, options.activation, excluded, accepts)
+    if options.plan is not None:
+        requests = read_plan(options.plan)
+        plan = apply_requests(model, candidates, plan, requests, options.activation, excluded, accepts)
+    return plan, kinds
 
-    def accepts(op_type: str, activation: str, scheme: Any, terms: int) -> str | None:
-        return target.accepts(op_type, activation, scheme, reduction=terms)
 
-    return allocate(model, candidates, options.scheme, options.activation, excluded, accepts), kinds
+def make_planner(
+    prepared: Prepared, options: CompileOptions, target: Target, trace: Trace, *, bundle: bool
+) -> tuple[Planner, dict[str, str]]:
+    """Stage 5; also the view of every planned tensor."""
+    from kbitc.planner import Settled, budget_planner
+
+    model = prepared.original
+    with trace.stage("plan"):
+        base, kinds = make_plan(model, options, target)
+        if not options.budget.limits_plan or options.scheme is None:
+            return Settled(base), kinds
+
+        def quantized(plan: QuantPlan) -> ir.Model:
+            return rewrite(model, plan, solve(model, plan, kinds)[0], kinds)
+
+        return budget_planner(model, base, prepared.feeds, options, target, quantized, bundle=bundle), kinds
 
 
 def solve(
@@ -266,19 +330,21 @@ def staged_module(staging: Staging, built: Built, target: Target) -> Callable[..
 
 
 def finish_bundle(
-    staging: Staging, built: Built, target: Target, report: Report, made: Quantized, options: CompileOptions
-) -> None:
-    """Report, runtime files and manifest; then the one rename."""
+    staging: Staging, built: Built, target: Target, report: Report, plan: QuantPlan, origin: dict[str, Any],
+    options: CompileOptions, accepts: Callable[[int], bool],
+) -> bool:  # fmt: skip
+    """Report, runtime files and manifest; then, when the size of all is accepted, the one rename."""
     from kbitc import __version__
     from kbitc.targets.runner.deploy import with_runtime
 
     staging.write_json("report.json", report.as_json(timings=False))
     for name, content in (with_runtime(target) if options.with_runtime else {}).items():
         staging.add_file(name, content, executable="/" not in name)
-    staging.commit(
-        target, built.inputs, built.outputs, kbitc_version=__version__, plan=made.plan.as_json(),
-        accuracy=report.accuracy, provenance=made.provenance,
+    manifest = staging.commit(
+        target, built.inputs, built.outputs, kbitc_version=__version__, plan=plan.as_json(),
+        accuracy=report.accuracy, provenance=origin, accepts=accepts,
     )  # fmt: skip
+    return manifest is not None
 
 
 def fresh_output(output: str | PathLike[str], force: bool) -> Path:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 
+from kbitc.budget import Budget, make_budget
 from kbitc.errors import UsageError
 from kbitc.quant.plan import FLOAT, INT8
 from kbitc.quant.scheme import Granularity, QuantScheme
@@ -32,6 +33,9 @@ class CompileOptions:
         force: replace an existing output.
         debug_accumulators: also output int8 codes and int32 accumulators of every integer contraction.
         with_runtime: put the native runner and the runtime libraries into the bundle.
+        plan: file whose entries come before every other option.
+        write_plan: file that receives the plan that was carried out.
+        budget: what the plan has to keep.
     """
 
     scheme: QuantScheme | None
@@ -44,6 +48,9 @@ class CompileOptions:
     force: bool = False
     debug_accumulators: bool = False
     with_runtime: bool = False
+    plan: Path | None = None
+    write_plan: Path | None = None
+    budget: Budget = field(default_factory=Budget)
 
     @property
     def scheme_text(self) -> str:
@@ -71,12 +78,28 @@ def from_arguments(
     force: bool = False,
     debug_accumulators: bool = False,
     with_runtime: bool = False,
+    plan: str | PathLike[str] | None = None,
+    write_plan: str | PathLike[str] | None = None,
+    target_bpw: float | None = None,
+    size_budget: str | int | None = None,
+    max_drop: str | float | None = None,
+    metric: str | None = None,
+    labels: str | PathLike[str] | None = None,
+    allocate: str | None = None,
 ) -> CompileOptions:
     """Options from the plain values of the command line or the Python call.
 
     Raises:
         UsageError: when a value is out of range or two of them contradict.
     """
+    budget = make_budget(
+        target_bpw=target_bpw, size_budget=size_budget, max_drop=max_drop, metric=metric, labels=labels,
+        allocate=allocate,
+    )  # fmt: skip
+    if budget.limits_plan and bits is not None:
+        raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
+    if budget.limits_plan and scheme == FLOAT:
+        raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block),
         activation=parse_activations(activations),
@@ -88,6 +111,9 @@ def from_arguments(
         force=force,
         debug_accumulators=debug_accumulators,
         with_runtime=with_runtime,
+        plan=None if plan is None else Path(plan),
+        write_plan=None if write_plan is None else Path(write_plan),
+        budget=budget,
     )
 
 

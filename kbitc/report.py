@@ -92,6 +92,7 @@ class Report:
         layers: facts of the lowering, one a contraction: rule, declined rules and why.
         bytes: size of the parts of the result.
         seconds: wall time of each stage.
+        planning: how widths were chosen; empty when they were given.
     """
 
     output: str
@@ -102,6 +103,7 @@ class Report:
     layers: Sequence[Mapping[str, Any]] = ()
     bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    planning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,6 +125,7 @@ class Report:
             "accuracy": dict(self.accuracy),
             "weights": [item.as_json() for item in self.weights],
             "layers": [dict(layer) for layer in self.layers],
+            "planning": dict(self.planning),
         }
         if timings:
             data["output"] = self.output

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,8 @@ class Staging:
         plan: Mapping[str, Any] | None = None,
         accuracy: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
-    ) -> Manifest:
+        accepts: Callable[[int], bool] | None = None,
+    ) -> Manifest | None:
         """Write the manifest and rename the folder to OUT.
 
         Args:
@@ -127,6 +128,10 @@ class Staging:
             plan: what each weight became, JSON values.
             accuracy: result of the verification, JSON values.
             provenance: model hash, command, versions, JSON values.
+            accepts: asked with the bytes of all files together; when it answers False nothing is published.
+
+        Returns:
+            The manifest; None when the size was not accepted.
 
         Raises:
             UsageError: when OUT has come into being meanwhile and `force` was not given.
@@ -148,6 +153,8 @@ class Staging:
             parse_manifest(data, str(self._out))
         except BundleError as error:
             raise InternalError("kbitc would write a manifest that it cannot read back", got=str(error)) from error
+        if accepts is not None and not accepts(sum(self.sizes.values()) + len(data)):
+            return None
         with _disk(self._out):
             (self.folder / NAME).write_bytes(data)
             self.folder.chmod(0o777 & ~_umask())
@@ -264,7 +271,7 @@ def write_bundle(
     provenance: Mapping[str, Any] | None = None,
     runtime_files: Mapping[str, bytes | Path] | None = None,
     force: bool = False,
-) -> Manifest:
+) -> Manifest | None:
     """Write a whole bundle at once; see `stage` and `Staging.commit` for the arguments.
 
     Args:

@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from kbitc import options
+from kbitc import driver, options
 from kbitc.bundle.manifest import REPORT
 from kbitc.bundle.reader import open_bundle
+from kbitc.errors import UsageError
 from kbitc.importer import load_model
-from kbitc.passes.allocate.survey import survey
-from kbitc.passes.allocate.uniform import allocate
+from kbitc.passes.allocate.choices import FLOAT_BITS, weight_bits
 from kbitc.passes.canonicalize import canonicalize
-from kbitc.quant.plan import INT8, PlanEntry
-from kbitc.quant.tensor import storage_bits
+from kbitc.quant.plan import PlanEntry
 from kbitc.targets.target import host_target
 
-FLOAT_BITS = 32
 
+def inspect_path(path: Path, plan: Path | None = None, write_plan: Path | None = None) -> dict[str, Any]:
+    """Describe a bundle folder or a model file.
 
-def inspect_path(path: Path) -> dict[str, Any]:
-    """Describe a bundle folder or a model file."""
-    return _bundle(path) if path.is_dir() else _model(path)
+    Args:
+        path: the bundle or the model.
+        plan: of a model: a plan to check, and to show in place of the default one.
+        write_plan: of a model: file that receives the plan that is shown.
+
+    Raises:
+        UsageError: a bundle with a plan, whose own plan cannot be changed.
+    """
+    if not path.is_dir():
+        return _model(path, plan, write_plan)
+    if plan is not None or write_plan is not None:
+        raise UsageError("a plan is for a model, not for a bundle", got=str(path), remedy="inspect the model")
+    return _bundle(path)
 
 
 def _bundle(path: Path) -> dict[str, Any]:
@@ -46,18 +57,14 @@ def _bundle(path: Path) -> dict[str, Any]:
     }
 
 
-def _model(path: Path) -> dict[str, Any]:
+def _model(path: Path, given: Path | None, write_plan: Path | None) -> dict[str, Any]:
     """What `kbitc compile` would do with default options, without doing it."""
     imported = load_model(path)
     before = Counter(_operator(node) for node in imported.graph.all_nodes())
     model = canonicalize(imported)
-    scheme = options.default_scheme()
-    target = host_target()
-    candidates = survey(model)
-    plan = allocate(
-        model, candidates, scheme, INT8, {},
-        lambda op_type, activation, wanted, terms: target.accepts(op_type, activation, wanted, reduction=terms),
-    )  # fmt: skip
+    chosen = options.from_arguments(plan=given, write_plan=write_plan)
+    plan, _ = driver.make_plan(model, chosen, host_target())
+    plan.write(chosen.write_plan)
     return {
         "kind": "model",
         "path": str(path),
@@ -79,10 +86,7 @@ def _value(value: Any) -> dict[str, Any]:
 
 
 def _weight(entry: PlanEntry) -> dict[str, Any]:
-    n, t, c = entry.shape
-    weights = n * t * c
-    bits = float(FLOAT_BITS)
-    if entry.scheme is not None:
-        bits = storage_bits(entry.shape, entry.scheme) / weights
+    weights = prod(entry.shape)
+    bits = weight_bits(entry) / weights if weights else float(FLOAT_BITS)
     sizes = {"weights": weights, "bits_per_weight": round(bits, 3), "bytes": round(bits * weights / 8)}
     return {**entry.as_json(), **sizes}

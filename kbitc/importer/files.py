@@ -155,3 +155,14 @@ def parse_model(data: bytes, where: str) -> onnx.ModelProto:
     if not proto.HasField("graph"):
         raise ModelError("the file holds no graph", where=where, remedy="export the model again")
     return proto
+
+
+def file_size(model: ir.Model, path: Path) -> int:
+    """Bytes of all files of the model when it is written under the name of `path`; nothing stays.
+
+    Raises:
+        ResourceError: as `write_model`.
+    """
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        write_model(model, Path(folder) / path.name)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())

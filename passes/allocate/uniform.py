@@ -12,6 +12,7 @@ from kbitc.graph import ops
 from kbitc.passes.allocate.survey import Candidate
 from kbitc.quant.plan import FLOAT, INT8, PlanEntry, QuantPlan
 from kbitc.quant.scheme import Granularity, QuantScheme, ScaleType
+from kbitc.targets.target import Target
 
 # A convolution with fewer channels than this per tap would spend more bits on block scales than on codes.
 MIN_BLOCK_CHANNELS = 16
@@ -39,8 +40,17 @@ def allocate(
         excluded: tensor name -> pattern, from `exclude`.
         accepts: what the target can run.
     """
-    entries = [_decide(model, c, scheme, activation, excluded.get(c.tensor), accepts) for c in candidates]
+    entries = [decide(model, c, scheme, activation, excluded.get(c.tensor), accepts) for c in candidates]
     return QuantPlan(tuple(entries))
+
+
+def accepted_by(target: Target) -> Accepts:
+    """What a target declines, asked as the allocators ask."""
+
+    def accepts(op_type: str, activation: str, scheme: QuantScheme, terms: int) -> str | None:
+        return target.accepts(op_type, activation, scheme, reduction=terms)
+
+    return accepts
 
 
 def keep_float(candidates: Sequence[Candidate]) -> QuantPlan:
@@ -48,7 +58,7 @@ def keep_float(candidates: Sequence[Candidate]) -> QuantPlan:
     return QuantPlan(tuple(_entry(candidate, None, FLOAT, "float build") for candidate in candidates))
 
 
-def _decide(
+def decide(
     model: ir.Model,
     candidate: Candidate,
     scheme: QuantScheme,
@@ -56,6 +66,10 @@ def _decide(
     pattern: str | None,
     accepts: Accepts,
 ) -> PlanEntry:
+    """The entry of one weight, when it is asked to become `scheme`; arguments as in `allocate`.
+
+    The scheme is adapted to the weight (scale type, one scale a channel where a block does not fill), never its bits.
+    """
     if candidate.obstacle is not None:
         return _entry(candidate, None, FLOAT, candidate.obstacle)
     if pattern is not None:

@@ -225,4 +225,3 @@ def test_a_defect_leaves_a_reproducer(
     data = json.loads(saved.read_text())
     assert data["command"][1] == "quantize" and str(model) in data["files"]
     assert any("boom" in line for line in data["traceback"])
-

@@ -54,7 +54,9 @@ def _network() -> onnx.ModelProto:
 @functools.cache
 def _made(bits: int) -> tuple[driver.Quantized, Built]:
     target = parse_target("host")
-    made = driver.run_quantization(_network(), options.from_arguments(bits=bits), target, None, driver.Trace())
+    chosen = options.from_arguments(bits=bits)
+    prepared = driver.prepare(_network(), chosen, target, None, driver.Trace())
+    made = driver.quantize_prepared(prepared, *driver.make_plan(prepared.original, chosen, target), driver.Trace())
     return made, build(made.model, target)
 
 

@@ -1,0 +1,215 @@
+"""Stage 5 with a budget: plans until the result, counted as it lies on disk, keeps it.
+
+::
+
+    planner = make_planner(...)
+    while True:
+        size = produce(planner.plan)
+        if planner.accepts(size, bits_per_weight):
+            break
+
+A budget is never exceeded because what decides is not a prediction but the count of the finished result, before it is
+published. The prediction (`kbitc.passes.allocate.choices.stored_bytes` and what was beside the weights the last time)
+only keeps the number of attempts small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kbitc import catalog
+from kbitc.budget import Budget
+from kbitc.errors import UsageError
+from kbitc.options import CompileOptions, default_scheme
+from kbitc.passes.allocate.allocation import Allocate, Allocation, Sizes
+from kbitc.passes.allocate.choices import Problem, make_problem
+from kbitc.passes.allocate.survey import survey
+from kbitc.passes.allocate.uniform import accepted_by
+from kbitc.quant.plan import QuantPlan, read_plan
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from kbitc.targets.target import Target
+
+ALLOCATORS = "kbitc.passes.allocate.allocators"
+SOLVERS = "kbitc.passes.solvers"
+# Sensitivities are measured with the quickest solver: the order of the layers is what counts.
+MEASURED_WITH = "rtn"
+# A plan that leaves less than this fraction of a budget unused is taken as it is.
+SLACK = 0.02
+# Attempts after which a plan that fits is taken as it is.
+ATTEMPTS = 4
+# Of a bundle, about: machine code of a kernel, text about a parameter and about a layer, and what is always there.
+KERNEL_BYTES = 17_000
+PARAMETER_TEXT = 400
+LAYER_TEXT = 2_000
+BASE_BYTES = 40_000
+
+
+class Planner(Protocol):
+    """Gives plans until one is accepted."""
+
+    plan: QuantPlan
+
+    def accepts(self, size: int, bits_per_weight: float) -> bool:
+        """Whether the result of the plan keeps the budget; when not, `plan` is another one now."""
+
+    def summary(self) -> Mapping[str, Any]:
+        """What the report says of the planning."""
+
+
+@dataclass
+class Settled:
+    """A plan that is carried out whatever it takes."""
+
+    plan: QuantPlan
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def accepts(self, size: int, bits_per_weight: float) -> bool:
+        """Always."""
+        return True
+
+    def summary(self) -> Mapping[str, Any]:
+        """The given facts."""
+        return self.facts
+
+
+class Fitting:
+    """Plans for `--size-budget` or `--target-bpw`.
+
+    Args:
+        problem: the choices.
+        budget: has `size` or `bpw`.
+        others: bytes of the result beside the counted weights of a plan, estimated; not used for `bpw`.
+    """
+
+    def __init__(self, problem: Problem, budget: Budget, others: Callable[[QuantPlan, int], int]) -> None:
+        self._problem, self._budget = problem, budget
+        self._allocate: Allocate = catalog.find(ALLOCATORS, budget.allocate, "allocator").make(problem)
+        self._sizes = sizes_of(problem, budget)
+        self._attempts = 0
+        self._fitted: Allocation | None = None
+        self._allocation = self._first(others)
+        self.plan = problem.plan(self._allocation.chosen)
+
+    def accepts(self, size: int, bits_per_weight: float) -> bool:
+        """Judge the finished result.
+
+        Raises:
+            UsageError: when nothing smaller is left to try.
+        """
+        self._attempts += 1
+        asked, actual = self._asked(size, bits_per_weight)
+        tried = self._allocation
+        chosen = self._larger(tried, asked, actual) if actual <= asked else self._smaller(tried, asked, actual)
+        self._allocation, self.plan = chosen, self._problem.plan(chosen.chosen)
+        return actual <= asked and chosen.chosen == tried.chosen
+
+    def summary(self) -> Mapping[str, Any]:
+        """Allocator, what was asked and predicted, and how far from optimal it can be."""
+        return {
+            "allocator": self._budget.allocate,
+            "size_budget": self._budget.size,
+            "target_bpw": self._budget.bpw,
+            "predicted_sqnr_db": self._allocation.sqnr_db,
+            "gap": self._allocation.gap,
+        }
+
+    def _asked(self, size: int, bits_per_weight: float) -> tuple[int, int]:
+        """(budget, what the result takes), in the unit of the sizes."""
+        if self._budget.size is not None:
+            return self._budget.size, size
+        weights = self._problem.weights
+        return int((self._budget.bpw or 0) * weights), round(bits_per_weight * weights)
+
+    def _first(self, others: Callable[[QuantPlan, int], int]) -> Allocation:
+        smallest = self._smallest()
+        if self._budget.size is None:
+            limit = self._asked(0, 0.0)[0] - self._problem.fixed_bits
+            found = self._allocate(self._sizes, limit)
+            if found is None:
+                least = (smallest.size + self._problem.fixed_bits) / max(1, self._problem.weights)
+                raise too_small(self._budget, f"{least:.3f} bits a weight")
+            return found
+        guess = self._allocate(self._sizes, self._budget.size) or smallest
+        found = self._allocate(self._sizes, self._budget.size - others(self._problem.plan(guess.chosen), guess.size))
+        return found or smallest
+
+    def _smallest(self) -> Allocation:
+        chosen = tuple(min(range(len(row)), key=row.__getitem__) for row in self._sizes)
+        return Allocation(chosen, sum(row[index] for row, index in zip(self._sizes, chosen, strict=True)))
+
+    def _larger(self, tried: Allocation, asked: int, actual: int) -> Allocation:
+        """What the unused rest of the budget could buy; the same allocation when that is not worth an attempt."""
+        first = self._fitted is None
+        self._fitted = tried
+        if not first or self._attempts >= ATTEMPTS or asked - actual <= SLACK * asked:
+            return tried
+        return self._allocate(self._sizes, tried.size + asked - actual) or tried
+
+    def _smaller(self, tried: Allocation, asked: int, actual: int) -> Allocation:
+        """The plan that is known to fit, else one that is smaller by the excess, and by more at every attempt."""
+        if self._fitted is not None:
+            return self._fitted
+        smallest = self._smallest()
+        if tried.chosen == smallest.chosen:
+            raise too_small(self._budget, f"{actual} bytes" if self._budget.size else f"{actual} bits")
+        excess = (actual - asked) * (1 + self._attempts // 2)
+        return self._allocate(self._sizes, min(tried.size - excess, tried.size - 1)) or smallest
+
+
+def sizes_of(problem: Problem, budget: Budget) -> Sizes:
+    """The size of every choice in the unit of the budget: stored bytes, else bits."""
+    if budget.size is not None:
+        return [[choice.stored for choice in layer.choices] for layer in problem.layers]
+    return [[choice.bits for choice in layer.choices] for layer in problem.layers]
+
+
+def too_small(budget: Budget, least: str) -> UsageError:
+    """The refusal of a budget that no plan keeps."""
+    asked = f"--size-budget {budget.size}" if budget.size is not None else f"--target-bpw {budget.bpw:g}"
+    return UsageError("the budget is below the smallest result", got=f"{asked}, the smallest takes {least}",
+                      remedy="raise it, exclude fewer weights, or use larger blocks")  # fmt: skip
+
+
+def budget_planner(
+    model: ir.Model, base: QuantPlan, feeds: Sequence[Mapping[str, Any]], options: CompileOptions, target: Target,
+    quantized: Callable[[QuantPlan], ir.Model], *, bundle: bool,
+) -> Planner:  # fmt: skip
+    """The planner of a budget.
+
+    Args:
+        model: canonical graph.
+        base: the plan without the budget.
+        feeds: samples to measure on.
+        options: its budget has at least one limit, its scheme is not None.
+        target: what is compiled for.
+        quantized: carries a plan out.
+        bundle: a bundle is made, not a quantized ONNX file.
+    """
+    pinned = () if options.plan is None else tuple(request.tensor for request in read_plan(options.plan))
+    solver = catalog.find(SOLVERS, MEASURED_WITH, "solver")
+    problem = make_problem(
+        model, survey(model), base, pinned, options.scheme or default_scheme(), options.activation,
+        accepted_by(target), feeds, solver.solve,
+    )  # fmt: skip
+
+    def others(plan: QuantPlan, counted: int) -> int:
+        return estimate_others(quantized(plan), target, counted) if bundle else 0
+
+    return Fitting(problem, options.budget, others)
+
+
+def estimate_others(model: ir.Model, target: Target, counted: int) -> int:
+    """Bytes of a bundle beside the counted weights, about: other parameters, library, report and manifest."""
+    from kbitc.bundle.weights import padded_size
+    from kbitc.targets.lower.emitter import lower
+
+    lowered = lower(model, target)
+    parameters = sum(padded_size(array.nbytes) for array in lowered.weights.values())
+    kernels = len(lowered.module.get_global_vars())
+    texts = len(lowered.weights) * PARAMETER_TEXT + len(lowered.layers) * LAYER_TEXT
+    return max(0, parameters - counted) + kernels * KERNEL_BYTES + texts + BASE_BYTES

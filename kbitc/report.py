@@ -11,11 +11,13 @@ import numpy.typing as npt
 
 from kbitc.quant.metrics import sqnr_db
 from kbitc.quant.plan import PlanEntry
-from kbitc.quant.tensor import QTensor
+from kbitc.quant.scheme import ScaleCode, ScaleType
+from kbitc.quant.tensor import QTensor, storage_bits
 
 REPORT_VERSION = 1
 FLOAT_BYTES = 4
 CODES = ".codes"
+SCALES = ".scales"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class WeightReport:
         weights: number of weights.
         code_bytes: ceil(weights * bits / 8); 0 for a float weight.
         packed_bytes: the codes as they are stored: in a bundle in the kernels' layout, tile padding included.
-        bits_per_weight: codes, scales and zero points over the number of weights.
+        bits_per_weight: codes, scales and zero points over the number of weights, as they are stored: in a bundle,
+            whose kernels read plain scales, coded scales count as what they are decoded to.
         sqnr_db: of the weights themselves; None for a float weight.
     """
 
@@ -63,20 +66,33 @@ def weight_report(entry: PlanEntry, weight: npt.NDArray[np.float32], tensor: QTe
 def with_packed_sizes(
     reports: Sequence[WeightReport], stored: Mapping[str, npt.NDArray[Any]]
 ) -> tuple[WeightReport, ...]:
-    """The reports with the bytes that the codes take in a bundle.
+    """The reports with what the weights take in a bundle.
 
     Args:
         reports: one a weight.
         stored: parameters of the module by name; the codes of a weight are called after one of its nodes.
     """
-    return tuple(replace(item, packed_bytes=_packed_bytes(item, stored)) for item in reports)
+    return tuple(_as_stored(item, stored) for item in reports)
 
 
-def _packed_bytes(item: WeightReport, stored: Mapping[str, npt.NDArray[Any]]) -> int:
+def _as_stored(item: WeightReport, stored: Mapping[str, npt.NDArray[Any]]) -> WeightReport:
+    codes, scales = _part(item, stored, CODES), _part(item, stored, SCALES)
+    if codes is not None:
+        item = replace(item, packed_bytes=codes.nbytes)
+    scheme = item.entry.scheme
+    if scheme is None or scales is None or scales.dtype.kind != "f" or scheme.scale_code is ScaleCode.PLAIN:
+        return item
+    scale_type = ScaleType.F16 if scales.dtype == np.float16 else ScaleType.F32
+    plain = replace(scheme, scale_code=ScaleCode.PLAIN, scale_type=scale_type)
+    return replace(item, bits_per_weight=storage_bits(item.entry.shape, plain) / item.weights)
+
+
+def _part(item: WeightReport, stored: Mapping[str, npt.NDArray[Any]], part: str) -> npt.NDArray[Any] | None:
+    """The stored array of a weight that ends in `part`."""
     for name, array in stored.items():
-        if name.endswith(CODES) and any(name.startswith(f"{node}.") for node in item.entry.nodes):
-            return array.nbytes
-    return item.packed_bytes
+        if name.endswith(part) and any(name.startswith(f"{node}.") for node in item.entry.nodes):
+            return array
+    return None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from kbitc.quant.scheme import (
 from kbitc.quant.tensor import QTensor, scale_shape
 
 FloatArray = npt.NDArray[np.float32]
+ALL_BITS, LOWEST = 8, -128
 # ONNX type -> (bits, signed)
 STANDARD_TYPES = {
     ir.DataType.INT2: (2, True),
@@ -62,8 +63,8 @@ def read_weight(value: ir.Value | None, kind: str) -> QTensor | None:
         kind: matmul, conv or embedding: how the node uses it (`kbitc.graph.ops`).
 
     Returns:
-        None when the value is not a quantized weight, or not in a form with one scale per block of the reduction
-        axis, per output channel or per tensor.
+        The weight, a table of 8 bits as the int8 that its levels are. None when the value is not a quantized weight,
+        or not in a form with one scale per block of the reduction axis, per output channel or per tensor.
     """
     node = None if value is None else value.producer()
     if node is None or value is None:
@@ -148,7 +149,12 @@ def _read_function(node: ir.Node | None) -> QTensor | None:
     n, t, c = (int(size) for size in sizes)
     codes = unpack_dense(np.asarray(data, np.uint8), bits, n * t * c).reshape(n, t, c)
     zero_points = _zero_codes(zeros, bits, read[0].shape)
-    data_type, variant = _format(tuple(int(level) for level in levels), bits, zero_points is not None)
+    integers = tuple(int(level) for level in levels)
+    if bits == ALL_BITS and zero_points is None:
+        # Levels of 8 bits are int8 codes themselves: no kernel needs a table of 256.
+        codes = np.asarray(np.asarray(integers, np.int16)[codes] - LOWEST, np.uint8)
+        integers = tuple(range(LOWEST, -LOWEST))
+    data_type, variant = _format(integers, bits, zero_points is not None)
     kind = QuantScheme(data_type.name, bits, Granularity.TENSOR, 0, zero_points is not None, read[1], variant)
     # The integer product of any table need not fit int8: its block scales are then read as plain ones.
     coded = not (data_type.name == "table" and read[2] is ScaleCode.INTEGER)

@@ -118,9 +118,8 @@ class _Builder:
         stored = self.constant("scale_codes", codes.reshape(-1))
         # onnxruntime takes one step in a vector for a scale of the whole tensor, which has no blocks.
         if tensor.scale_steps.size == 1:
-            line = self.node(
-                "DequantizeLinear", [stored, self.constant("scale_steps", tensor.scale_steps[0])], "scale_line"
-            )
+            steps = self.constant("scale_steps", tensor.scale_steps.reshape(()))
+            line = self.node("DequantizeLinear", [stored, steps], "scale_line")
         else:
             steps = self.constant("scale_steps", tensor.scale_steps)
             line = self.node("DequantizeLinear", [stored, steps], "scale_line", axis=0, block_size=GROUP)

@@ -27,6 +27,8 @@ def compile(
     scheme: str | None = None,
     block: int | None = None,
     activations: str = "dynamic",
+    act_bits: int | None = None,
+    observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -46,7 +48,9 @@ def compile(
         bits: bits of a weight, 1 to 8 (default 4); or give `scheme`. `scheme="float32"` compiles without quantizing.
         scheme: exact form such as "int4:b32", "uint3:b64:zp", "nf4:b64", "int8:c".
         block: weights per scale along the reduction axis (default 32).
-        activations: "dynamic" (int8 at run time) or "float".
+        activations: "dynamic" (int8 at run time), "static" (planned from `calibration`) or "float".
+        act_bits: bits of a static activation, 4 to 8 (default 8).
+        observer: what gives the ranges of static activations: a file of passes/observers.
         target: host, x86[:avx2|avx512vnni], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
         shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
         exclude: node or tensor names, globs, or type:Op, whose weights stay float.
@@ -68,8 +72,8 @@ def compile(
     from kbitc import driver, options
 
     chosen = options.from_arguments(
-        bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
-        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
+        bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
+        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
         debug_accumulators=debug_accumulators, with_runtime=with_runtime, **planning,
     )  # fmt: skip
     return driver.compile_model(model, output, chosen, calibration)
@@ -83,6 +87,8 @@ def quantize(
     scheme: str | None = None,
     block: int | None = None,
     activations: str = "dynamic",
+    act_bits: int | None = None,
+    observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -96,8 +102,8 @@ def quantize(
     from kbitc import driver, options
 
     chosen = options.from_arguments(
-        bits=bits, scheme=scheme, block=block, activations=activations, target=target, shapes=shapes,
-        exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, **planning,
+        bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
+        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, **planning,
     )  # fmt: skip
     return driver.quantize_model(model, output, chosen, calibration)
 

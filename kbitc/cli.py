@@ -31,8 +31,13 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--scheme", help="Exact scheme: int4:b32, uint3:b64:zp, nf4:b64, int8:c; float32 for none."),
         click.option("--block", type=int, help="Weights per scale along the reduction axis.  [default: 32]"),
         click.option(
-            "--activations", default="dynamic", show_default=True, help="float, or dynamic (int8 at run time)."
+            "--activations",
+            default="dynamic",
+            show_default=True,
+            help="float, dynamic (int8 at run time) or static (planned from --calibration, integer graph).",
         ),
+        click.option("--act-bits", type=int, help="Bits of a static activation, 4 to 8.  [default: 8]"),
+        click.option("--observer", help="Ranges of static activations: minmax, percentile, mse, entropy ..."),
         click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."),

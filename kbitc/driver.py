@@ -18,7 +18,7 @@ from kbitc import catalog
 from kbitc.errors import UsageError
 from kbitc.graph import ops
 from kbitc.options import CompileOptions
-from kbitc.quant.plan import INT8, QuantPlan, read_plan
+from kbitc.quant.plan import INT8, UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
 
@@ -69,6 +69,7 @@ class Prepared:
     original: ir.Model
     feeds: list[dict[str, Any]]
     data: str
+    calibration: Any
     provenance: dict[str, Any]
 
 
@@ -101,7 +102,7 @@ def quantize_model(
     prepared = prepare(source, options, target, calibration, trace)
     planner, kinds = make_planner(prepared, options, target, trace, bundle=False)
     while True:
-        made = quantize_prepared(prepared, planner.plan, kinds, trace)
+        made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
         report = Report(str(path), None, options.scheme_text, made.weights, {}, (), {}, trace.seconds)
         with trace.stage("write"):
             size = file_size(made.model, path) if options.budget.size is not None else 0
@@ -135,7 +136,7 @@ def compile_model(
     planner, kinds = make_planner(prepared, options, target, trace, bundle=True)
     while True:
         with stage(output, force=options.force) as staging:
-            made = quantize_prepared(prepared, planner.plan, kinds, trace)
+            made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
             report = compile_plan(staging, str(output), made, planner, prepared.provenance, options, target, trace)
         if report is not None:
             made.plan.write(options.write_plan)
@@ -196,18 +197,21 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
         check_target(original, target)
     with trace.stage("samples"):
         feeds, data = sample_feeds(original, calibration)
-    return Prepared(original, feeds, data, provenance(source, options))
+    return Prepared(original, feeds, data, calibration, provenance(source, options))
 
 
-def quantize_prepared(prepared: Prepared, plan: QuantPlan, kinds: dict[str, str], trace: Trace) -> Quantized:
+def quantize_prepared(
+    prepared: Prepared, plan: QuantPlan, kinds: dict[str, str], options: CompileOptions, trace: Trace
+) -> Quantized:
     """Stages 6 and 7."""
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
     from kbitc.passes.verify.accuracy import reference_runs
 
-    trace.dump("05-plan.json", plan.text)
     with trace.stage("quantize"):
         tensors, weights = solve(prepared.original, plan, kinds)
+        plan, weights = plan_static(prepared.original, plan, tensors, weights, options, prepared.calibration)
+        trace.dump("05-plan.json", plan.text)
         quantized = rewrite(prepared.original, plan, tensors, kinds)
         legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
@@ -298,10 +302,34 @@ def solve(
     return tensors, tuple(reports)
 
 
+def plan_static(
+    model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], weights: tuple[WeightReport, ...],
+    options: CompileOptions, calibration: Any,
+) -> tuple[QuantPlan, tuple[WeightReport, ...]]:  # fmt: skip
+    """Stage 5 for activations, when their codes are asked for; also the account of the weights under that plan.
+
+    Raises:
+        UsageError: there are no calibration data.
+    """
+    from kbitc.importer.feeds import open_batches
+    from kbitc.passes.allocate.activations import plan_activations
+
+    if options.activation != UINT8 or options.scheme is None:
+        return plan, weights
+    if calibration is None:
+        raise UsageError("--activations static needs samples", remedy="give --calibration DATA, or use dynamic")
+    planned = plan_activations(
+        model, plan, tensors, open_batches(model, calibration), observer=options.observer, bits=options.act_bits
+    )
+    entries = {entry.tensor: entry for entry in planned.entries}
+    return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)
+
+
 def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds: dict[str, str]) -> ir.Model:
     """Stage 7, on a copy of the graph that shares the weights."""
     from kbitc.graph.functions import add_functions
     from kbitc.passes.rewrite.quantize_activations import quantize_activations
+    from kbitc.passes.rewrite.quantize_static import quantize_static
     from kbitc.passes.rewrite.quantize_weights import quantize_weights
 
     copy = model.clone()
@@ -312,6 +340,9 @@ def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds
         for node in entry.nodes
     }
     needed = quantize_activations(copy, blocks)
+    if plan.static is not None:
+        needed += quantize_static(copy, plan.static, tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name in copy.graph.initializers}
     needed += quantize_weights(copy, tensors, kinds)
     add_functions(copy, needed, copy.graph.opset_imports[""])
     return copy

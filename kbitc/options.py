@@ -10,12 +10,14 @@ from pathlib import Path
 
 from kbitc.budget import Budget, make_budget
 from kbitc.errors import UsageError
-from kbitc.quant.plan import FLOAT, INT8
+from kbitc.quant.plan import FLOAT, INT8, UINT8
 from kbitc.quant.scheme import Granularity, QuantScheme
 
 DEFAULT_BITS = 4
 DEFAULT_BLOCK = 32
-ACTIVATIONS = {"float": FLOAT, "dynamic": INT8}
+ACTIVATIONS = {"float": FLOAT, "dynamic": INT8, "static": UINT8}
+ACT_BITS = range(4, 9)
+DEFAULT_OBSERVER = "minmax"
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class CompileOptions:
 
     Attributes:
         scheme: what every weight becomes; None compiles the float model.
-        activation: "int8" (quantized at run time) or "float32".
+        activation: "int8" (quantized at run time), "uint8" (planned from calibration) or "float32".
+        act_bits: bits of a planned activation, 4 to 8.
+        observer: what gives the ranges of planned activations.
         target: text form of the target.
         shapes: symbolic dimensions bound by the user, as NAME=1x3x224x224 texts.
         exclude: patterns of weights that stay float.
@@ -40,6 +44,8 @@ class CompileOptions:
 
     scheme: QuantScheme | None
     activation: str = INT8
+    act_bits: int = 8
+    observer: str = DEFAULT_OBSERVER
     target: str = "host"
     shapes: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -70,6 +76,8 @@ def from_arguments(
     scheme: str | None = None,
     block: int | None = None,
     activations: str = "dynamic",
+    act_bits: int | None = None,
+    observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -100,9 +108,16 @@ def from_arguments(
         raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
     if budget.limits_plan and scheme == FLOAT:
         raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
+    activation = parse_activations(activations)
+    if activation != UINT8 and (act_bits is not None or observer is not None):
+        raise UsageError("--act-bits and --observer plan activations", remedy="add --activations static")
+    if act_bits is not None and act_bits not in ACT_BITS:
+        raise UsageError("--act-bits is a whole number from 4 to 8", got=act_bits)
     return CompileOptions(
-        scheme=make_scheme(bits, scheme, block),
-        activation=parse_activations(activations),
+        scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
+        activation=activation,
+        act_bits=8 if act_bits is None else act_bits,
+        observer=observer or DEFAULT_OBSERVER,
         target=target,
         shapes=tuple(shapes),
         exclude=tuple(exclude),
@@ -122,8 +137,12 @@ def default_scheme() -> QuantScheme:
     return QuantScheme("int", DEFAULT_BITS, Granularity.BLOCK, DEFAULT_BLOCK)
 
 
-def make_scheme(bits: int | None, scheme: str | None, block: int | None) -> QuantScheme | None:
+def make_scheme(
+    bits: int | None, scheme: str | None, block: int | None, *, per_channel: bool = False
+) -> QuantScheme | None:
     """The weight scheme that --bits, --scheme and --block describe together; None for `--scheme float32`.
+
+    Integer sums over all of K need one scale a channel: that is the default with `per_channel`.
 
     Raises:
         UsageError: bits outside 1..8, both --bits and --scheme, or a block size that is not one.
@@ -135,6 +154,8 @@ def make_scheme(bits: int | None, scheme: str | None, block: int | None) -> Quan
     wanted = DEFAULT_BITS if bits is None else bits
     if not 1 <= wanted <= 8:
         raise UsageError("--bits is a whole number from 1 to 8", got=wanted)
+    if per_channel and block is None:
+        return QuantScheme("int", wanted, Granularity.CHANNEL)
     return QuantScheme("int", wanted, Granularity.BLOCK, DEFAULT_BLOCK if block is None else block)
 
 
@@ -142,8 +163,8 @@ def parse_activations(text: str) -> str:
     """The activation type of --activations.
 
     Raises:
-        UsageError: when it is neither float nor dynamic.
+        UsageError: when it is none of float, dynamic and static.
     """
     if text not in ACTIVATIONS:
-        raise UsageError("unknown --activations", got=repr(text), remedy="use float or dynamic")
+        raise UsageError("unknown --activations", got=repr(text), remedy="use float, dynamic or static")
     return ACTIVATIONS[text]

@@ -21,7 +21,7 @@ from kbitc.targets import machine
 FOLDERS = {"x86": "x86", "arm-neon": "neon", "cuda": "cuda", "reference": "reference"}
 SYNTAX = "host|x86[:avx2|avx512vnni]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
 WEIGHT_OPERATORS = ("MatMul", "Gemm", "Conv", "Gather")
-ACTIVATIONS = {"float": "float32", "float32": "float32", "dynamic": "int8", "int8": "int8"}
+ACTIVATIONS = {"float": "float32", "float32": "float32", "dynamic": "int8", "int8": "int8", "uint8": "uint8"}
 BLOCK_STEP = 16
 INT32_LIMIT = 2**31 - 1
 ACTIVATION_LEVEL = 127  # kbitc::DynamicQuantize clips to -127..127
@@ -99,7 +99,7 @@ class Target:
 
         Args:
             operator: ONNX operator type that holds the weight.
-            activation: "float32" (or "float"), "int8" (or "dynamic").
+            activation: "float32" (or "float"), "int8" (or "dynamic"), "uint8" (planned codes).
             scheme: scheme of the weight; None for a float weight.
             reduction: products that are summed in one integer accumulator, when known.
 
@@ -116,7 +116,7 @@ class Target:
             return f"{operator} has no kernel for quantized weights (only {', '.join(WEIGHT_OPERATORS)} have)"
         if scheme.granularity is Granularity.BLOCK and scheme.block % BLOCK_STEP:
             return f"a block of {scheme.block} is not a multiple of {BLOCK_STEP}"
-        if ACTIVATIONS[activation] == "int8" and operator == "Gather":
+        if ACTIVATIONS[activation] != "float32" and operator == "Gather":
             return "Gather has no activations that could be int8; its rows are dequantized to float"
         if ACTIVATIONS[activation] == "int8" and reduction is not None:
             return _overflow(scheme, reduction)

@@ -13,10 +13,12 @@ from typing import Any
 from kbitc.catalog import nearest
 from kbitc.errors import UsageError
 from kbitc.quant.scheme import QuantScheme
+from kbitc.quant.static import StaticPlan
 
 PLAN_VERSION = 1
 FLOAT = "float32"
 INT8 = "int8"
+UINT8 = "uint8"
 MAX_PLAN_BYTES = 64 << 20
 EXAMPLE = '{"version": 1, "tensors": [{"tensor": "encoder.weight", "scheme": "int4:b32"}]}'
 
@@ -31,7 +33,8 @@ class PlanEntry:
         op_type: their operator type.
         shape: (N, T, C) view of the weight.
         scheme: what it becomes; None keeps float32.
-        activation: "int8" when the other operand is quantized at run time, else "float32".
+        activation: "int8" when the other operand is quantized at run time, "uint8" when its codes are planned
+            (`static`), else "float32".
         reason: why, in words.
     """
 
@@ -52,9 +55,15 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """All decisions, in the order of the graph."""
+    """All decisions, in the order of the graph.
+
+    Attributes:
+        entries: one entry a weight.
+        static: the decisions about activations, when their codes are planned.
+    """
 
     entries: tuple[PlanEntry, ...]
+    static: StaticPlan | None = None
 
     def quantized(self) -> tuple[PlanEntry, ...]:
         """The entries that have a scheme."""
@@ -62,7 +71,8 @@ class QuantPlan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""
-        return {"version": PLAN_VERSION, "tensors": [entry.as_json() for entry in self.entries]}
+        data = {"version": PLAN_VERSION, "tensors": [entry.as_json() for entry in self.entries]}
+        return data if self.static is None else {**data, "static": self.static.as_json()}
 
     def text(self) -> str:
         """The plan as indented JSON."""

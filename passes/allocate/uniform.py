@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from kbitc.graph import ops
 from kbitc.passes.allocate.survey import Candidate
-from kbitc.quant.plan import FLOAT, INT8, PlanEntry, QuantPlan
+from kbitc.quant.plan import FLOAT, INT8, UINT8, PlanEntry, QuantPlan
 from kbitc.quant.scheme import Granularity, QuantScheme, ScaleType
 from kbitc.targets.target import Target
 
@@ -79,7 +79,7 @@ def decide(
     if why:
         reasons.append(why)
     refusal = accepts(candidate.op_type, chosen, fitted, _terms(candidate, fitted))
-    if refusal is not None and chosen == INT8:
+    if refusal is not None and chosen != FLOAT:
         reasons.append(f"float activations: {refusal}")
         chosen = FLOAT
         refusal = accepts(candidate.op_type, chosen, fitted, _terms(candidate, fitted))
@@ -118,6 +118,8 @@ def _activation(candidate: Candidate, wanted: str) -> tuple[str, str]:
     """The activation type of this operator and, where it is not the one wanted, why."""
     if wanted == FLOAT or ops.WEIGHT_USES[candidate.op_type].activation_input is None:
         return FLOAT, ""
+    if wanted == UINT8:
+        return UINT8, ""
     if candidate.group > 1:
         return FLOAT, "float activations: a grouped convolution is bound by memory, not by products"
     if candidate.kind == "conv" and candidate.shape[2] < MIN_BLOCK_CHANNELS:

@@ -157,7 +157,7 @@ MISTAKES = {
     "two schemes": (2, ["compile", "{model}", "-o", "{out}", "--bits", "4", "--scheme", "nf4"], "drop --bits"),
     "unknown scheme": (2, ["compile", "{model}", "-o", "{out}", "--scheme", "imt4:b32"], "did you mean"),
     "unknown target": (2, ["compile", "{model}", "-o", "{out}", "--target", "x68"], "x86"),
-    "unknown activations": (2, ["compile", "{model}", "-o", "{out}", "--activations", "int4"], "float or dynamic"),
+    "unknown activations": (2, ["compile", "{model}", "-o", "{out}", "--activations", "int4"], "dynamic or static"),
     "misspelled exclude": (2, ["compile", "{model}", "-o", "{out}", "--exclude", "node03"], "node0"),
     "unknown input in shape": (2, ["compile", "{model}", "-o", "{out}", "--shape", "z=1x40"], "z"),
     "bad shape": (2, ["compile", "{model}", "-o", "{out}", "--shape", "x=1xx40"], "--shape"),

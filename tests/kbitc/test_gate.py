@@ -56,7 +56,8 @@ def _made(bits: int) -> tuple[driver.Quantized, Built]:
     target = parse_target("host")
     chosen = options.from_arguments(bits=bits)
     prepared = driver.prepare(_network(), chosen, target, None, driver.Trace())
-    made = driver.quantize_prepared(prepared, *driver.make_plan(prepared.original, chosen, target), driver.Trace())
+    plan, kinds = driver.make_plan(prepared.original, chosen, target)
+    made = driver.quantize_prepared(prepared, plan, kinds, chosen, driver.Trace())
     return made, build(made.model, target)
 
 

@@ -1,0 +1,148 @@
+"""The plan of a static integer graph: which values have codes, which nodes run on integers, and why."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+#: int32 accumulators stay below this in magnitude.
+ACCUMULATOR_LIMIT = 1 << 31
+INTEGER = "integer"
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Affine codes of a value: x ~ scale (code - zero), code in 0 .. 2^bits - 1.
+
+    Attributes:
+        scale: representable in float32, positive, in units of x per code step.
+        zero: the code of 0.0.
+        bits: 1 .. 8.
+    """
+
+    scale: float
+    zero: int
+    bits: int = 8
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def code_of(self, number: float) -> int:
+        """The nearest code, half to even, clipped."""
+        return int(np.clip(np.rint(number / self.scale) + self.zero, 0, self.high))
+
+
+def codes_for(low: float, high: float, bits: int) -> Codes:
+    """Codes whose range covers [low, high] and zero (Jacob et al., arXiv 1712.05877, section 3).
+
+    Args:
+        low, high: finite; the range is widened to hold 0.
+        bits: of a code.
+    """
+    low, high = min(low, 0.0), max(high, 0.0)
+    top = (1 << bits) - 1
+    scale = np.float32((high - low) / top)
+    if not scale >= np.finfo(np.float32).tiny:
+        return Codes(1.0, 0, bits)
+    return Codes(float(scale), int(np.clip(np.rint(-low / float(scale)), 0, top)), bits)
+
+
+@dataclass(frozen=True)
+class ValueEntry:
+    """The codes of one value.
+
+    Attributes:
+        value: its name.
+        codes: scale, zero point and bits.
+        reason: where they come from, in words.
+    """
+
+    value: str
+    codes: Codes
+    reason: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return {"value": self.value, **asdict(self.codes), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Why the int32 accumulators of a node cannot overflow.
+
+    Attributes:
+        terms: products summed in one accumulator.
+        bound: the largest |accumulator| that codes and weights of these ranges can give, bias included.
+        words: the same as a formula with numbers.
+    """
+
+    terms: int
+    bound: int
+    words: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the bound fits int32."""
+        return self.bound < ACCUMULATOR_LIMIT
+
+
+@dataclass(frozen=True)
+class NodeEntry:
+    """How one node runs.
+
+    Attributes:
+        node: its name.
+        op_type: its operator.
+        form: "integer" or "float".
+        reason: why, in words.
+        proof: of its accumulators, where it has some.
+    """
+
+    node: str
+    op_type: str
+    form: str
+    reason: str
+    proof: Proof | None = None
+
+
+@dataclass(frozen=True)
+class StaticPlan:
+    """All decisions about activations, in the order of the graph.
+
+    Attributes:
+        observer: name of the observer that gave the ranges.
+        data: where the statistics come from.
+        values: one entry for each value that has codes.
+        nodes: one entry a node.
+    """
+
+    observer: str
+    data: str
+    values: tuple[ValueEntry, ...] = ()
+    nodes: tuple[NodeEntry, ...] = ()
+    _codes: dict[str, Codes] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_codes", {entry.value: entry.codes for entry in self.values})
+
+    def codes(self, value: str | None) -> Codes:
+        """The codes of a value that has some."""
+        return self._codes[value or ""]
+
+    def has_codes(self, value: str | None) -> bool:
+        """Whether a value has codes."""
+        return value in self._codes
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        return {
+            "observer": self.observer,
+            "data": self.data,
+            "values": [entry.as_json() for entry in self.values],
+            "nodes": [asdict(entry) for entry in self.nodes],
+        }

@@ -1,0 +1,99 @@
+"""Proofs that int32 accumulators cannot overflow, from the codes' ranges and the actual weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc.graph import edit, ops
+from kbitc.passes.allocate import forms
+from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, Proof
+from kbitc.quant.tensor import QTensor, spread
+
+if TYPE_CHECKING:
+    from kbitc.passes.allocate.static import Decision
+
+Known = Mapping[ir.Value, tuple[Codes, str]]
+
+
+def prove(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str, QTensor]) -> Proof | None:
+    """The bound of a node's accumulators; None for a node that has none."""
+    form = decision.forms[node]
+    if form.family == forms.CONTRACTION:
+        return _contraction(node, codes[form.inputs[0]][0], tensors)
+    if form.family in (forms.PRODUCT, forms.MUL):
+        spans = [span(codes[value][0]) for value in form.inputs]
+        terms = _terms(form.inputs[0]) if form.family == forms.PRODUCT else 1
+        if terms is None:
+            most = (ACCUMULATOR_LIMIT - 1) // (spans[0] * spans[1])
+            words = f"{most} terms * {spans[0]} * {spans[1]} < 2^31; the number of terms is only known at run time"
+            return Proof(0, most * spans[0] * spans[1], words)
+        bound = terms * spans[0] * spans[1]
+        return Proof(terms, bound, f"{terms} * {spans[0]} * {spans[1]} = {bound}")
+    if form.family in (forms.MEAN, forms.AVERAGE):
+        terms = forms.reduced_count(node) if form.family == forms.MEAN else _window(node)
+        reach = span(codes[form.inputs[0]][0])
+        bound = (terms or 0) * reach
+        return Proof(terms or 0, bound, f"{terms} * {reach} = {bound}")
+    return None
+
+
+def span(codes: Codes) -> int:
+    """The largest |code - zero|."""
+    return max(codes.zero, codes.high - codes.zero)
+
+
+def _terms(value: ir.Value) -> int | None:
+    dim = value.shape[-1] if value.shape is not None and len(value.shape) else None
+    return dim if isinstance(dim, int) else None
+
+
+def _window(node: ir.Node) -> int:
+    return int(np.prod(node.attributes.get_ints("kernel_shape", (1,))))
+
+
+def _contraction(node: ir.Node, codes: Codes, tensors: Mapping[str, QTensor]) -> Proof:
+    """max over channels of max|code - zero| * sum |level| + |bias|."""
+    weight, kind = ops.weight_source(node)
+    tensor = tensors[(weight.name if weight is not None else "") or ""]
+    levels = tensor.levels().astype(np.int64)
+    terms = levels.shape[1] * levels.shape[2]
+    products = span(codes) * np.abs(levels).sum(axis=(1, 2))
+    added = np.abs(integer_bias(node, codes, tensor)) if kind else np.zeros(1)
+    bound = int(np.max(products + added))
+    largest = int(np.abs(levels).max(initial=0))
+    words = (
+        f"{terms} * {span(codes)} * {largest} = {terms * span(codes) * largest} at most; "
+        f"{int(products.max(initial=0))} with these weights, {bound} with the bias"
+    )
+    return Proof(terms, bound, words)
+
+
+def output_scales(codes: Codes, tensor: QTensor) -> npt.NDArray[np.float64]:
+    """Units of x per accumulator step, f64 [N]."""
+    scales = spread(tensor.scales, tensor.shape, tensor.scheme)[:, 0, 0].astype(np.float64)
+    return codes.scale * np.broadcast_to(scales, (tensor.shape[0],))
+
+
+def integer_bias(node: ir.Node, codes: Codes, tensor: QTensor) -> npt.NDArray[np.float64]:
+    """The bias in accumulator steps, whole numbers as f64 [N]; 0 without a bias."""
+    numbers = float_bias(node)
+    if numbers is None:
+        return np.zeros(tensor.shape[0])
+    return np.asarray(np.rint(numbers.astype(np.float64) / output_scales(codes, tensor)))
+
+
+def float_bias(node: ir.Node) -> npt.NDArray[np.float32] | None:
+    """The constant that is added to each output channel of a contraction, f32 [N]; None for none."""
+    if node.op_type == "Conv" and len(node.inputs) > 2 and node.inputs[2] is not None:
+        array = edit.constant(node.inputs[2])
+        return None if array is None else np.asarray(array.reshape(-1), np.float32)
+    user = forms.bias_node(node)
+    if user is None:
+        return None
+    array = edit.constant(user.inputs[1] if user.inputs[0] is node.outputs[0] else user.inputs[0])
+    return None if array is None else np.asarray(array.reshape(-1), np.float32)

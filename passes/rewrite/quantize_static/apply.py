@@ -1,0 +1,153 @@
+"""Walks the graph in order, lets each family write its integer form, and joins integers and floats.
+
+An integer node's result becomes codes where an integer node reads it, and float where a float node or an output of the
+graph does: by DequantizeLinear of the codes, or, where nothing reads codes, of the int32 accumulator itself, which
+saves one rounding. Relu and Clip behind a contraction, product or sum become limits of its requantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from kbitc.graph import edit, images
+from kbitc.passes.allocate import forms
+from kbitc.passes.allocate.static import Decision
+from kbitc.passes.rewrite.quantize_static import contraction, elementwise, movement, pooling
+from kbitc.passes.rewrite.quantize_static.builder import F32, Builder, Sums
+from kbitc.quant.static import StaticPlan
+from kbitc.quant.tensor import QTensor
+
+_SUMS: dict[str, Callable[[Builder, ir.Node], Sums]] = {
+    forms.CONTRACTION: contraction.contraction,
+    forms.PRODUCT: contraction.product,
+    forms.MUL: elementwise.mul,
+    forms.MEAN: pooling.mean,
+    forms.AVERAGE: pooling.average,
+}
+#: Numbers between two codes at which a limited value is compared with its limits.
+_SAMPLES = 1025
+
+
+def quantize_static(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTensor]) -> list[str]:
+    """Write the integer form of a plan.
+
+    Args:
+        model: changed in place; the graph that the plan was made for, or a copy of it.
+        plan: from `kbitc.passes.allocate.static.plan_static`.
+        tensors: quantized weights by initializer name; those that integer nodes read vanish from the graph.
+
+    Returns:
+        Names of the kbitc functions that the graph now needs.
+    """
+    kept = {entry.node: entry.reason for entry in plan.nodes if entry.form != "integer"}
+    surveyed = {
+        node: forms.Form(forms.NONE, reason=kept[node.name or ""])
+        if form.family not in (forms.TABLE, forms.BIAS, forms.NONE) and node.name in kept
+        else form
+        for node, form in forms.survey(model, tensors, {}).items()
+    }
+    builder = Builder(model, plan, Decision(model, surveyed), tensors)
+    for node in builder.decision.integer:
+        _rewrite(builder, node)
+    for value in (*builder.codes, *builder.sums):
+        root = builder.decision.roots.get(value, value)
+        if edit.constant(value) is None and builder.decision.producers.get(root) in builder.decision.integer:
+            _leave(builder, value)
+    edit.remove_dead(model)
+    edit.name_nodes(model)
+    return sorted(builder.needed)
+
+
+def _rewrite(builder: Builder, node: ir.Node) -> None:
+    """The integer form of one node and of the images of its result."""
+    form = builder.form(node)
+    if form.output is None:
+        return
+    output = form.output
+    limited = builder.decision.images.get(output, []) if builder.decision.folded(output) else []
+    target = limited[0] if limited else output
+    low, high = limits(builder, target, output) if limited else (0, 255)
+    if form.family in _SUMS:
+        sums = _SUMS[form.family](builder, node)
+        if limited or builder.decision.has_codes(output):
+            builder.requantize(sums, target, _place(node, output), low, high)
+        if not builder.decision.has_codes(output):
+            builder.sums[output] = sums
+    elif form.family == forms.ADD:
+        elementwise.add(builder, node, target, low, high)
+    elif form.family == forms.CONCAT:
+        movement.concat(builder, node)
+    else:
+        movement.move(builder, node)
+    for made in node.outputs if form.family == forms.MOVE else [output]:
+        for image in builder.decision.images.get(made, []):
+            if image not in builder.codes:
+                elementwise.tabled(builder, image, made, _place(node, output))
+
+
+def _place(node: ir.Node, output: ir.Value) -> ir.Node:
+    """New nodes go in front of this one: the node that computes the float value."""
+    return output.producer() or node
+
+
+def limits(builder: Builder, image: ir.Value, root: ir.Value) -> tuple[int, int]:
+    """The codes at which an image made by Relu, Clip, Max and Min limits its root."""
+    codes = builder.codes_of(image)
+    ends = np.array([-np.finfo(np.float32).max, np.finfo(np.float32).max], np.float32)
+    opset = builder.model.graph.opset_imports.get("", 21)
+    low, high = images.function_of(image, root, opset)(ends)
+    return codes.code_of(float(low)), codes.code_of(float(high))
+
+
+def _leave(builder: Builder, value: ir.Value) -> None:
+    """Give the float readers of an integer value a float value again."""
+    readers = [user for user, _ in value.uses() if _stays_float(builder, user)]
+    if not readers and not value.is_graph_output():
+        return
+    before = _first(value, readers)
+    if value in builder.codes:
+        codes = builder.codes_of(value)
+        scale = builder.constant(f"{value.name}.scale", np.array(codes.scale, np.float32))
+        inputs = [builder.codes[value], scale, builder.zero(codes)]
+        made = builder.emit(before, "DequantizeLinear", inputs, f"{value.name}.float", F32, value.shape)
+    else:
+        sums = builder.sums[value]
+        scales = sums.scales.astype(np.float32)
+        whole = scales.size == 1
+        scale = builder.constant(f"{value.name}.scale", scales.reshape(()) if whole else scales)
+        attrs = {} if whole else {"axis": sums.axis}
+        made = builder.emit(
+            before, "DequantizeLinear", [sums.value, scale], f"{value.name}.float", F32, value.shape, **attrs
+        )
+    edit.redirect(value, made)
+
+
+def _stays_float(builder: Builder, node: ir.Node) -> bool:
+    """Whether a node computes on floats: it is in the plan's float part, or belongs to a chain that still is."""
+    form = builder.decision.forms.get(node)
+    if form is None:
+        return node.op_type in ("QuantizeLinear",)
+    if node in builder.decision.integer or form.family == forms.BIAS:
+        return False
+    return not (form.family == forms.TABLE and _is_inside(builder, node))
+
+
+def _is_inside(builder: Builder, node: ir.Node) -> bool:
+    """Whether an elementwise node only serves images that are tables or limits."""
+    value = node.outputs[0]
+    if value in builder.codes:
+        return True
+    if value.is_graph_output():
+        return False
+    return all(not _stays_float(builder, user) for user, _ in value.uses())
+
+
+def _first(value: ir.Value, readers: list[ir.Node]) -> ir.Node:
+    """The place for a float form: in front of the node that computed it before."""
+    producer = value.producer()
+    if producer is None:
+        return readers[0]
+    return producer

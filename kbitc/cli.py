@@ -93,9 +93,13 @@ def compile_command(model: Path, output: Path, as_json: bool, calibration: Path 
 @click.argument("model", type=click.Path(path_type=Path))
 @_quantization
 @_planning
+@click.option(
+    "--format", "form", default="onnx", show_default=True, help="onnx, qdq, matmulnbits or compressed-tensors."
+)
+@click.option("--widen", is_flag=True, help="Write codes that a format lacks in its next wider type.")
 @_json
 def quantize(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:
-    """Quantize MODEL and write an ONNX file that any runtime executes."""
+    """Quantize MODEL and write an ONNX file that any runtime executes, or another format."""
     _produce(model, output, as_json, calibration, arguments, bundle=False)
 
 
@@ -104,11 +108,12 @@ def _produce(
 ) -> None:
     from kbitc import driver, options
     from kbitc.commands import show
+    from kbitc.trace import Trace
 
     chosen = options.from_arguments(**arguments)
     work = driver.compile_model if bundle else driver.quantize_model
     with show.progress(quiet=as_json) as on_stage:
-        trace = driver.Trace(chosen.dump_dir, on_stage)
+        trace = Trace(chosen.dump_dir, on_stage)
         report = work(model, output, chosen, calibration, trace)
     show.emit(report.as_json(), as_json, lambda: show.report(report))
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,12 +14,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from kbitc import catalog
-from kbitc.errors import UsageError
+from kbitc.errors import UnsupportedError, UsageError
 from kbitc.graph import ops
-from kbitc.options import CompileOptions
+from kbitc.options import DEFAULT_FORM, CompileOptions
 from kbitc.quant.plan import INT8, UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
+from kbitc.trace import Trace
 
 if TYPE_CHECKING:
     import onnx
@@ -35,31 +35,7 @@ if TYPE_CHECKING:
     Source: TypeAlias = str | PathLike[str] | onnx.ModelProto
 
 SOLVERS = "kbitc.passes.solvers"
-
-
-@dataclass
-class Trace:
-    """What watches a compilation: stage times, the dump folder, the progress display."""
-
-    dump_dir: Path | None = None
-    on_stage: Callable[[str], None] = lambda name: None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time one stage and announce it."""
-        self.on_stage(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def dump(self, name: str, text: Callable[[], str]) -> None:
-        """Leave a text in the dump folder, when there is one."""
-        if self.dump_dir is not None:
-            self.dump_dir.mkdir(parents=True, exist_ok=True)
-            (self.dump_dir / name).write_text(text())
+FORMS = "kbitc.passes.interchange"
 
 
 @dataclass(frozen=True)
@@ -79,6 +55,7 @@ class Quantized:
 
     model: ir.Model
     plan: QuantPlan
+    tensors: dict[str, QTensor]
     weights: tuple[WeightReport, ...]
     references: References
 
@@ -87,34 +64,37 @@ def quantize_model(
     source: Source, output: str | PathLike[str], options: CompileOptions, calibration: Any = None,
     trace: Trace | None = None,
 ) -> Report:  # fmt: skip
-    """Stages 0 to 8 and the ONNX file.
+    """Stages 0 to 8 and the ONNX file, or another form of it.
 
     Raises:
         KbitcError: with the reason in one line; nothing is written then.
     """
-    from kbitc.importer.files import file_size, write_model
+    from kbitc.importer.files import size_of
+    from kbitc.passes.interchange._export import Export
     from kbitc.passes.verify import accuracy
     from kbitc.targets.target import parse_target
 
     trace = trace or Trace(options.dump_dir)
     target = parse_target(options.target)
     path = fresh_output(output, options.force)
+    form: Any = catalog.find(FORMS, options.form, "format")
     prepared = prepare(source, options, target, calibration, trace)
     planner, kinds = make_planner(prepared, options, target, trace, bundle=False)
     while True:
         made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
+        exported = Export(prepared.original, made.model, made.plan, made.tensors, kinds)
         report = Report(str(path), None, options.scheme_text, made.weights, {}, (), {}, trace.seconds)
         with trace.stage("write"):
-            size = file_size(made.model, path) if options.budget.size is not None else 0
+            size = size_of(partial(form.write, exported), path) if options.budget.size is not None else 0
         if planner.accepts(size, report.bits_per_weight):
             break
     measured = accuracy.measure(made.references, None)
     accuracy.check_floor(measured, options.min_sqnr)
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
     with trace.stage("write"):
-        size = write_model(made.model, path)
+        size = form.write(exported, path)
     made.plan.write(options.write_plan)
-    return replace(report, accuracy=measured.as_json(), bytes={"onnx": size}, planning=planner.summary())
+    return replace(report, accuracy=measured.as_json(), bytes={options.form: size}, planning=planner.summary())
 
 
 def compile_model(
@@ -217,7 +197,7 @@ def quantize_prepared(
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
         references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data)
-    return Quantized(quantized, plan, weights, references)
+    return Quantized(quantized, plan, tensors, weights, references)
 
 
 def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
@@ -252,10 +232,11 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
     from kbitc.passes.allocate.survey import survey
     from kbitc.passes.allocate.uniform import accepted_by, allocate, keep_float
 
+    form = catalog.find(FORMS, options.form, "format")
     candidates = survey(model)
     kinds = {candidate.tensor: candidate.kind for candidate in candidates}
     excluded = excluded_by(candidates, options.exclude)
-    accepts = accepted_by(target)
+    accepts = accepted_by(target, partial(form.declines, options.widen))
     if options.scheme is None:
         plan = keep_float(candidates)
     else:
@@ -263,6 +244,9 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
     if options.plan is not None:
         requests = read_plan(options.plan)
         plan = apply_requests(model, candidates, plan, requests, options.activation, excluded, accepts)
+    if options.form != DEFAULT_FORM and options.scheme is not None and not plan.quantized():
+        reason = next((entry.reason for entry in plan.entries), "the model has no weights")
+        raise UnsupportedError("nothing would be quantized", where=f"--format {options.form}", got=reason)
     return plan, kinds
 
 
@@ -270,7 +254,8 @@ def make_planner(
     prepared: Prepared, options: CompileOptions, target: Target, trace: Trace, *, bundle: bool
 ) -> tuple[Planner, dict[str, str]]:
     """Stage 5; also the view of every planned tensor."""
-    from kbitc.planner import Settled, budget_planner
+    from kbitc.passes.allocate.uniform import accepted_by
+    from kbitc.planner import Settled, budget_planner, estimate_others
 
     model = prepared.original
     with trace.stage("plan"):
@@ -281,7 +266,10 @@ def make_planner(
         def quantized(plan: QuantPlan) -> ir.Model:
             return rewrite(model, plan, solve(model, plan, kinds)[0], kinds)
 
-        return budget_planner(model, base, prepared.feeds, options, target, quantized, bundle=bundle), kinds
+        form = catalog.find(FORMS, options.form, "format")
+        accepts = accepted_by(target, partial(form.declines, options.widen))
+        others = partial(estimate_others, quantized, target) if bundle else None
+        return budget_planner(model, base, prepared.feeds, options, accepts, others), kinds
 
 
 def solve(

@@ -15,6 +15,7 @@ from kbitc.quant.scheme import Granularity, QuantScheme
 
 DEFAULT_BITS = 4
 DEFAULT_BLOCK = 32
+DEFAULT_FORM = "onnx"
 ACTIVATIONS = {"float": FLOAT, "dynamic": INT8, "static": UINT8}
 ACT_BITS = range(4, 9)
 DEFAULT_OBSERVER = "minmax"
@@ -40,6 +41,8 @@ class CompileOptions:
         plan: file whose entries come before every other option.
         write_plan: file that receives the plan that was carried out.
         budget: what the plan has to keep.
+        form: what `kbitc quantize` writes, a file of `kbitc.passes.interchange`.
+        widen: codes may be written in the next wider type of the form; their values stay.
     """
 
     scheme: QuantScheme | None
@@ -57,6 +60,8 @@ class CompileOptions:
     plan: Path | None = None
     write_plan: Path | None = None
     budget: Budget = field(default_factory=Budget)
+    form: str = DEFAULT_FORM
+    widen: bool = False
 
     @property
     def scheme_text(self) -> str:
@@ -94,6 +99,8 @@ def from_arguments(
     metric: str | None = None,
     labels: str | PathLike[str] | None = None,
     allocate: str | None = None,
+    form: str = DEFAULT_FORM,
+    widen: bool = False,
 ) -> CompileOptions:
     """Options from the plain values of the command line or the Python call.
 
@@ -129,6 +136,8 @@ def from_arguments(
         plan=None if plan is None else Path(plan),
         write_plan=None if write_plan is None else Path(write_plan),
         budget=budget,
+        form=form.replace("-", "_"),
+        widen=widen,
     )
 
 

@@ -26,7 +26,7 @@ from kbitc.options import CompileOptions, default_scheme
 from kbitc.passes.allocate.allocation import Allocate, Allocation, Sizes
 from kbitc.passes.allocate.choices import Problem, make_problem
 from kbitc.passes.allocate.survey import survey
-from kbitc.passes.allocate.uniform import accepted_by
+from kbitc.passes.allocate.uniform import Accepts
 from kbitc.quant.plan import QuantPlan, read_plan
 
 if TYPE_CHECKING:
@@ -176,9 +176,13 @@ def too_small(budget: Budget, least: str) -> UsageError:
 
 
 def budget_planner(
-    model: ir.Model, base: QuantPlan, feeds: Sequence[Mapping[str, Any]], options: CompileOptions, target: Target,
-    quantized: Callable[[QuantPlan], ir.Model], *, bundle: bool,
-) -> Planner:  # fmt: skip
+    model: ir.Model,
+    base: QuantPlan,
+    feeds: Sequence[Mapping[str, Any]],
+    options: CompileOptions,
+    accepts: Accepts,
+    others: Callable[[QuantPlan, int], int] | None,
+) -> Planner:
     """The planner of a budget.
 
     Args:
@@ -186,29 +190,29 @@ def budget_planner(
         base: the plan without the budget.
         feeds: samples to measure on.
         options: its budget has at least one limit, its scheme is not None.
-        target: what is compiled for.
-        quantized: carries a plan out.
-        bundle: a bundle is made, not a quantized ONNX file.
+        accepts: what the target and the form of the result can hold.
+        others: (plan, bytes of its weights as counted) -> bytes beside them, estimated; None: an attempt tells.
     """
     pinned = () if options.plan is None else tuple(request.tensor for request in read_plan(options.plan))
     solver = catalog.find(SOLVERS, MEASURED_WITH, "solver")
-    problem = make_problem(
-        model, survey(model), base, pinned, options.scheme or default_scheme(), options.activation,
-        accepted_by(target), feeds, solver.solve,
-    )  # fmt: skip
-
-    def others(plan: QuantPlan, counted: int) -> int:
-        return estimate_others(quantized(plan), target, counted) if bundle else 0
-
-    return Fitting(problem, options.budget, others)
+    scheme = options.scheme or default_scheme()
+    problem = make_problem(model, survey(model), base, pinned, scheme, options.activation, accepts, feeds, solver.solve)
+    return Fitting(problem, options.budget, others or (lambda plan, counted: 0))
 
 
-def estimate_others(model: ir.Model, target: Target, counted: int) -> int:
-    """Bytes of a bundle beside the counted weights, about: other parameters, library, report and manifest."""
+def estimate_others(quantized: Callable[[QuantPlan], ir.Model], target: Target, plan: QuantPlan, counted: int) -> int:
+    """Bytes of a bundle beside the counted weights, about: other parameters, library, report and manifest.
+
+    Args:
+        quantized: carries a plan out.
+        target: what is compiled for.
+        plan: the plan.
+        counted: bytes of its weights as `stored_bytes` counts them.
+    """
     from kbitc.bundle.weights import padded_size
     from kbitc.targets.lower.emitter import lower
 
-    lowered = lower(model, target)
+    lowered = lower(quantized(plan), target)
     parameters = sum(padded_size(array.nbytes) for array in lowered.weights.values())
     kernels = len(lowered.module.get_global_vars())
     texts = len(lowered.weights) * PARAMETER_TEXT + len(lowered.layers) * LAYER_TEXT

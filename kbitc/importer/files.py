@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -157,12 +158,12 @@ def parse_model(data: bytes, where: str) -> onnx.ModelProto:
     return proto
 
 
-def file_size(model: ir.Model, path: Path) -> int:
-    """Bytes of all files of the model when it is written under the name of `path`; nothing stays.
+def size_of(write: Callable[[Path], object], path: Path) -> int:
+    """Bytes of all files that `write` makes under the name of `path`; nothing stays.
 
     Raises:
-        ResourceError: as `write_model`.
+        KbitcError: as `write`.
     """
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        write_model(model, Path(folder) / path.name)
-        return sum(file.stat().st_size for file in Path(folder).iterdir())
+        write(Path(folder) / path.name)
+        return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())

@@ -44,11 +44,12 @@ def allocate(
     return QuantPlan(tuple(entries))
 
 
-def accepted_by(target: Target) -> Accepts:
-    """What a target declines, asked as the allocators ask."""
+def accepted_by(target: Target, declines: Callable[[str, str, QuantScheme], str | None] | None = None) -> Accepts:
+    """What a target, and the form of the result, decline, asked as the allocators ask."""
 
     def accepts(op_type: str, activation: str, scheme: QuantScheme, terms: int) -> str | None:
-        return target.accepts(op_type, activation, scheme, reduction=terms)
+        refusal = None if declines is None else declines(op_type, activation, scheme)
+        return refusal or target.accepts(op_type, activation, scheme, reduction=terms)
 
     return accepts
 

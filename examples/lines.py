@@ -170,14 +170,16 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
+def errors(read: str, line: Line) -> tuple[int, int]:
+    """Edits from the text read to the line's, and its characters; spaces are not counted."""
+    want = line.text.replace(" ", "")
+    return edit_distance(read.replace(" ", ""), want), len(want)
+
+
 def character_error_rate(read: Sequence[str], lines: Sequence[Line]) -> float:
     """Edits over characters, spaces not counted (the recogniser often merges the words of rendered text)."""
-    edits = characters = 0
-    for got, line in zip(read, lines, strict=True):
-        want = line.text.replace(" ", "")
-        edits += edit_distance(got.replace(" ", ""), want)
-        characters += len(want)
-    return edits / characters
+    counts = [errors(got, line) for got, line in zip(read, lines, strict=True)]
+    return sum(edits for edits, _ in counts) / sum(characters for _, characters in counts)
 
 
 def show(lines: Sequence[Line], path: Path) -> None:

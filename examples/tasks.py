@@ -1,147 +1,129 @@
-"""The real models of the examples, each with a test of what its outputs are worth.
+"""The real models of the examples, each with a test on labelled data that says what its outputs are worth.
 
-cls     PP-OCR angle classifier: accuracy on rendered lines of text, half of them turned by 180 degrees
-rec     PP-OCR text recogniser (dynamic width): character error rate on rendered lines
-magika  file type from bytes: share of files for which the most likely type is the float model's
-minilm  sentence encoder: cosine of its sentence vectors with the float model's
+A task is made by a function of a module in accuracy/, which is imported when the task is asked for:
+
+cls      PP-OCR angle classifier: share of rendered lines of text whose turn is told right
+rec      PP-OCR text recogniser (dynamic width): character error rate on rendered lines
+magika   file type from bytes: share of files whose type is that of their extension
+digits   MNIST CNN: share of digits told right
+speech   silero voice activity: F1 of labelled frames
+minilm   sentence encoder: rank correlation of word similarities with people's
+tagger   MiniLM trained to tag named entities in tweets: F1 of entities
+smollm   SmolLM2-135M: perplexity on the Brown corpus
 """
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import fetch
-import lines
 import numpy as np
 import numpy.typing as npt
-from wordpiece import WordPiece
 
-Array = npt.NDArray[np.generic]
-Feeds = Mapping[str, Array]
-Outputs = Sequence[Mapping[str, Array]]  # one mapping a batch
+sys.path.append(str(Path(__file__).resolve().with_name("accuracy")))
 
-MAGIKA_BLOCK, MAGIKA_PART, MAGIKA_PADDING = 4096, 1024, 256  # bytes read at each end, bytes kept, padding token
+Array = npt.NDArray[np.float64]
+Feeds = Mapping[str, npt.NDArray[np.generic]]
+Outputs = Iterable[Mapping[str, npt.NDArray[Any]]]  # one mapping a batch
+
+FAST = ("cls", "rec", "magika", "minilm")  # what the benchmarks and the end-to-end tests use
+
+
+def percent(rows: Array) -> float:
+    """Share of rows [n, 1] that are 1, in percent."""
+    return 100 * float(rows.mean())
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model with its test.
+    """A model with its test on labelled data.
 
-    batches: feeds of all samples. timed: feeds of one sample, for timing.
-    measure(outputs of the float model, outputs of the model to judge) -> the number, in the unit that `words` names.
+    batches: feeds of all samples, in order. timed: feeds of one sample, for timing.
+    rows(outputs of all batches) -> f64 [samples, terms]: what each sample (a line, a pair, a sentence) contributes;
+    statistic(rows) -> the score, in the unit that `words` names. So a score can be resampled.
     shapes: what is fixed when it is compiled; a letter keeps a dimension free.
+    calibration: feeds of other samples, none of which is in `batches`.
+    better: "higher" or "lower". in_factors: a loss is a factor, not a difference.
+    details(rows) -> further numbers or tables, for the record.
     """
 
     title: str
     model: Path
     batches: Sequence[Feeds]
     timed: Feeds
-    measure: Callable[[Outputs, Outputs], float]
+    rows: Callable[[Outputs], Array]
+    statistic: Callable[[Array], float]
     words: str
     shapes: tuple[str, ...] = ()
+    calibration: Sequence[Feeds] = ()
+    better: str = "higher"
+    in_factors: bool = False
+    details: Callable[[Array], dict[str, Any]] = lambda _: {}
+
+    def measure(self, outputs: Outputs) -> float:
+        """The score of a model by its outputs for `batches`."""
+        return self.statistic(self.rows(outputs))
 
     def describe(self, value: float) -> str:
         """The number with its unit."""
         return self.words.format(value)
 
 
-def run_onnx(model: Path, batches: Sequence[Feeds]) -> Outputs:
-    """Outputs of an ONNX file in onnxruntime, for every batch."""
+def stream_onnx(model: Path, batches: Iterable[Feeds], threads: int = 0) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Outputs of an ONNX file in onnxruntime, batch by batch; threads 0: all cores."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return [dict(zip(names, session.run(None, dict(feeds)), strict=True)) for feeds in batches]
+    for feeds in batches:
+        yield dict(zip(names, session.run(None, dict(feeds)), strict=True))
 
 
-def _joined(outputs: Outputs, name: str | None = None) -> npt.NDArray[np.float32]:
+def run_onnx(model: Path, batches: Iterable[Feeds]) -> list[dict[str, npt.NDArray[Any]]]:
+    """Outputs of an ONNX file in onnxruntime for all batches, on all cores."""
+    return list(stream_onnx(model, batches))
+
+
+def joined(outputs: Outputs, name: str | None = None) -> npt.NDArray[np.float32]:
     """One output (the first when no name is given) of all batches along the batch axis."""
     parts = [output[name] if name else next(iter(output.values())) for output in outputs]
     return np.concatenate(parts).astype(np.float32)
 
 
-def angle_classifier(count: int = 300) -> Task:
-    """Share of `count` rendered lines, half of them turned, that are told right, in percent."""
-    model = fetch.fetch("ocr") / "ch_ppocr_mobile_v2.0_cls_infer.onnx"
-    made = lines.make_lines(count)
-    batches = [{"x": lines.classifier_batch(part)} for part in lines.batches(made)]
+def made_by(script: str, model: Path, *arguments: str) -> Path:
+    """`model`, written now by a script of the examples when it is not there yet.
 
-    def measure(_: Outputs, outputs: Outputs) -> float:
-        return 100 * lines.classifier_accuracy(_joined(outputs), made)
-
-    return Task(
-        "OCR line angle", model, batches, {"x": batches[0]["x"][:1]}, measure, "{:.1f} % right", ("x=Nx3x48x192",)
-    )
-
-
-def text_recogniser(count: int = 100) -> Task:
-    """Characters read wrong over the characters of `count` upright rendered lines, in percent."""
-    model = fetch.fetch("ocr") / "ch_PP-OCRv4_rec_infer.onnx"
-    alphabet = lines.read_alphabet(model)
-    made = sorted(lines.make_lines(count, turn_half=False), key=lambda line: lines.scaled_width(line.pixels))
-    batches = [{"x": lines.recogniser_batch(part)} for part in lines.batches(made, 5)]
-
-    def measure(_: Outputs, outputs: Outputs) -> float:
-        read = [text for output in outputs for text in lines.decode(next(iter(output.values())), alphabet)]
-        return 100 * lines.character_error_rate(read, made)
-
-    timed = {"x": lines.recogniser_batch(made[len(made) // 2 : len(made) // 2 + 1])}
-    return Task("OCR text", model, batches, timed, measure, "{:.2f} % wrong", ("x=Nx3x48xW",))
-
-
-def file_bytes(content: bytes) -> npt.NDArray[np.int32]:
-    """Magika's features, i32 [2048]: the first and the last 1024 bytes without outer white space, padded with 256."""
-    features = np.full(2 * MAGIKA_PART, MAGIKA_PADDING, np.int32)
-    begin = np.frombuffer(content[:MAGIKA_BLOCK].lstrip()[:MAGIKA_PART], np.uint8)
-    end = np.frombuffer(content[-MAGIKA_BLOCK:].rstrip()[-MAGIKA_PART:], np.uint8)
-    features[: len(begin)] = begin
-    features[len(features) - len(end) :] = end
-    return features
-
-
-def file_type(count: int = 200) -> Task:
-    """Share of `count` files of the Python installation that get the type the float model gives them, in percent."""
-    model = fetch.fetch("magika") / "model.onnx"
-    library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "__pycache__"}  # what these hold differs between machines and from run to run
-    found = sorted(path for path in library.rglob("*.*") if path.is_file() and not skipped & set(path.parts))
-    files = found[:: max(1, len(found) // count)][:count]
-    features = np.stack([file_bytes(path.read_bytes()) for path in files])
-    batches = [{"bytes": features[start : start + 20]} for start in range(0, len(features), 20)]
-
-    def measure(reference: Outputs, outputs: Outputs) -> float:
-        return 100 * float((_joined(reference).argmax(1) == _joined(outputs).argmax(1)).mean())
-
-    return Task("file type", model, batches, {"bytes": features[:1]}, measure, "{:.1f} % the same")
-
-
-def sentence_encoder(count: int = 60) -> Task:
-    """Mean cosine between the model's and the float model's vectors of `count` sentences."""
-    folder = fetch.fetch("minilm")
-    model = folder / "minilm.onnx"
+    Raises:
+        CalledProcessError: the script failed; what it said is on standard error.
+    """
     if not model.exists():
-        export = Path(__file__).with_name("export_minilm.py")
-        subprocess.run([sys.executable, str(export), "--models", str(folder)], check=True, stdout=sys.stderr)
-    tokenizer = WordPiece(folder / "vocab.txt")
-    texts = [line.text for line in lines.make_lines(count, seed=1, turn_half=False)]
-    batches = [tokenizer.batch(texts[start : start + 10]) for start in range(0, len(texts), 10)]
+        command = [sys.executable, str(Path(__file__).parent / script), "--out", str(model), *arguments]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    return model
 
-    def measure(reference: Outputs, outputs: Outputs) -> float:
-        a, b = (_joined(each, "sentence_embedding") for each in (reference, outputs))
-        return float(((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).mean())
 
-    timed = tokenizer.batch([" ".join(texts)], max_length=128)
-    return Task("MiniLM sentences", model, batches, timed, measure, "cosine {:.4f}")
+def _lazily(module: str, function: str) -> Callable[..., Task]:
+    def make(*arguments: Any) -> Task:
+        task: Task = getattr(importlib.import_module(module), function)(*arguments)
+        return task
+
+    return make
 
 
 TASKS: Mapping[str, Callable[..., Task]] = {
-    "cls": angle_classifier,
-    "rec": text_recogniser,
-    "magika": file_type,
-    "minilm": sentence_encoder,
+    "cls": _lazily("ocr", "angle_classifier"),
+    "rec": _lazily("ocr", "text_recogniser"),
+    "magika": _lazily("file_types", "file_type"),
+    "digits": _lazily("digits", "digit_classifier"),
+    "speech": _lazily("speech", "voice_activity"),
+    "minilm": _lazily("similarity", "sentence_encoder"),
+    "tagger": _lazily("tweets", "entity_tagger"),
+    "smollm": _lazily("brown", "language_model"),
 }

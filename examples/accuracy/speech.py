@@ -1,0 +1,79 @@
+"""Voice activity: is there speech in each 32 ms of a recording, by silero-vad.
+
+The recording is the only one, so part of its time calibrates and the rest is measured; the network, which remembers
+(LSTM), hears all of it in order either way.
+"""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+
+import fetch
+import numpy as np
+import numpy.typing as npt
+from tasks import Array, Outputs, Task
+
+RATE, FRAME, CONTEXT, STATE = 16000, 512, 64, 128  # samples a second, of a frame, before it; numbers remembered
+THRESHOLD = 0.5
+CALIBRATED_SECONDS = (4.7, 9.7)  # 2 s without speech, then 3 s with it
+
+
+def read_frames(path: Path) -> npt.NDArray[np.float32]:
+    """Frames of a 16-bit recording at 16 kHz, each with the samples before it: f32 [frames, 576] in -1 to 1."""
+    with wave.open(str(path)) as file:
+        if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (RATE, 1, 2):
+            raise ValueError(f"{path}: expected one channel of 16 bits at {RATE} Hz")
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+    samples = np.concatenate([np.zeros(CONTEXT, np.float32), samples])
+    count = (len(samples) - CONTEXT) // FRAME
+    return np.stack([samples[FRAME * i : FRAME * (i + 1) + CONTEXT] for i in range(count)])
+
+
+def read_labels(path: Path, count: int) -> npt.NDArray[np.bool_]:
+    """Whether someone speaks in the middle of each of `count` frames; RTTM lines hold begin and length in seconds."""
+    middles = (np.arange(count) + 0.5) * FRAME / RATE
+    speech = np.zeros(count, np.bool_)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        begin, length = (float(field) for field in line.split()[3:5])
+        speech |= (begin <= middles) & (middles < begin + length)
+    return speech
+
+
+def f1(rows: Array) -> float:
+    """F1 in percent of frames called speech at the threshold. rows: f64 [frames, 2] of probability and label."""
+    said, speech = rows[:, 0] >= THRESHOLD, rows[:, 1] > 0
+    return 200 * float((said & speech).sum() / (said.sum() + speech.sum()))
+
+
+def area_under_curve(rows: Array) -> float:
+    """Chance that a frame of speech gets a higher probability than one without, ties by half, in percent."""
+    speech, silence = rows[rows[:, 1] > 0, 0], rows[rows[:, 1] == 0, 0]
+    higher = (speech[:, None] > silence).mean() + 0.5 * (speech[:, None] == silence).mean()
+    return 100 * float(higher)
+
+
+def feeds(frames: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]:
+    """Inputs of the network for one recording, with nothing remembered."""
+    state = np.zeros((1, 1, STATE), np.float32)
+    return {"input": frames, "h": state, "c": state}
+
+
+def voice_activity() -> Task:
+    """F1 of the frames outside the calibrated seconds, in percent."""
+    folder = fetch.fetch("data-speech30s")
+    frames = read_frames(folder / "sample.wav")
+    speech = read_labels(folder / "sample.rttm", len(frames))
+    begin, end = (int(seconds * RATE / FRAME) for seconds in CALIBRATED_SECONDS)
+    measured = np.ones(len(frames), np.bool_)
+    measured[begin:end] = False
+
+    def rows(outputs: Outputs) -> Array:
+        (output,) = outputs
+        return np.stack([output["speech_probs"].reshape(-1)[measured], speech[measured]], axis=1).astype(np.float64)
+
+    model = fetch.fetch("silero-vad") / "silero_vad_16k_sequence.onnx"
+    return Task(
+        "voice activity", model, [feeds(frames)], feeds(frames[:100]), rows, f1, "F1 {:.2f} %",
+        calibration=[feeds(frames[begin:end])], details=lambda rows: {"AUC, %": area_under_curve(rows)},
+    )  # fmt: skip

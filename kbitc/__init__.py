@@ -38,6 +38,9 @@ def compile(
     force: bool = False,
     debug_accumulators: bool = False,
     with_runtime: bool = False,
+    solver: str | None = None,
+    equalize: str | None = None,
+    sequential: bool = False,
     **planning: Any,
 ) -> Report:
     """Quantize a model and compile it into a bundle.
@@ -60,6 +63,9 @@ def compile(
         force: replace an existing output.
         debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
         with_runtime: put the native runner and the runtime libraries into the bundle.
+        solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
+        equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
+        sequential: calibrate each layer on the output of quantized ones.
         planning: plan, write_plan, target_bpw, size_budget, max_drop, metric, labels, allocate, as the options of the
             command line (docs/plan.md).
 
@@ -74,7 +80,8 @@ def compile(
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
         target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
-        debug_accumulators=debug_accumulators, with_runtime=with_runtime, **planning,
+        debug_accumulators=debug_accumulators, with_runtime=with_runtime, solver=solver, equalize=equalize,
+        sequential=sequential, **planning,
     )  # fmt: skip
     return driver.compile_model(model, output, chosen, calibration)
 
@@ -96,6 +103,9 @@ def quantize(
     min_sqnr: float | None = None,
     dump_dir: str | PathLike[str] | None = None,
     force: bool = False,
+    solver: str | None = None,
+    equalize: str | None = None,
+    sequential: bool = False,
     **planning: Any,
 ) -> Report:
     """Quantize a model and write it as an ONNX file that any runtime executes; arguments as for `compile`."""
@@ -103,7 +113,8 @@ def quantize(
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, **planning,
+        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
+        solver=solver, equalize=equalize, sequential=sequential, **planning,
     )  # fmt: skip
     return driver.quantize_model(model, output, chosen, calibration)
 

@@ -16,7 +16,7 @@ import numpy as np
 from kbitc import catalog
 from kbitc.errors import UnsupportedError, UsageError
 from kbitc.graph import ops
-from kbitc.options import DEFAULT_FORM, CompileOptions
+from kbitc.options import DEFAULT_FORM, CompileOptions, Method
 from kbitc.quant.plan import INT8, UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kbitc.bundle.writer import Staging
+    from kbitc.passes.solve import Solved
     from kbitc.passes.verify.accuracy import References
     from kbitc.planner import Planner
     from kbitc.targets.build import Built
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     Source: TypeAlias = str | PathLike[str] | onnx.ModelProto
 
-SOLVERS = "kbitc.passes.solvers"
 FORMS = "kbitc.passes.interchange"
 
 
@@ -186,18 +186,20 @@ def quantize_prepared(
     """Stages 6 and 7."""
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
+    from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.accuracy import reference_runs
 
     with trace.stage("quantize"):
-        tensors, weights = solve(prepared.original, plan, kinds)
-        plan, weights = plan_static(prepared.original, plan, tensors, weights, options, prepared.calibration)
+        feeds = prepared.feeds if prepared.calibration is not None else ()
+        solved = solve_weights(prepared.original, plan, kinds, options.method(bool(feeds)), feeds, trace.on_stage)
+        plan, weights = plan_static(prepared, plan, solved.tensors, account(solved, plan, kinds), options)
         trace.dump("05-plan.json", plan.text)
-        quantized = rewrite(prepared.original, plan, tensors, kinds)
+        quantized = rewrite(solved.model, plan, solved.tensors, kinds)
         legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
         references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data)
-    return Quantized(quantized, plan, tensors, weights, references)
+    return Quantized(quantized, plan, solved.tensors, weights, references)
 
 
 def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
@@ -255,7 +257,8 @@ def make_planner(
 ) -> tuple[Planner, dict[str, str]]:
     """Stage 5; also the view of every planned tensor."""
     from kbitc.passes.allocate.uniform import accepted_by
-    from kbitc.planner import Settled, budget_planner, estimate_others
+    from kbitc.passes.solve import solve_weights
+    from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
 
     model = prepared.original
     with trace.stage("plan"):
@@ -264,7 +267,7 @@ def make_planner(
             return Settled(base), kinds
 
         def quantized(plan: QuantPlan) -> ir.Model:
-            return rewrite(model, plan, solve(model, plan, kinds)[0], kinds)
+            return rewrite(model, plan, solve_weights(model, plan, kinds, Method(MEASURED_WITH)).tensors, kinds)
 
         form = catalog.find(FORMS, options.form, "format")
         accepts = accepted_by(target, partial(form.declines, options.widen))
@@ -272,27 +275,21 @@ def make_planner(
         return budget_planner(model, base, prepared.feeds, options, accepts, others), kinds
 
 
-def solve(
-    model: ir.Model, plan: QuantPlan, kinds: dict[str, str], solver: str = "rtn"
-) -> tuple[dict[str, QTensor], tuple[WeightReport, ...]]:
-    """Stage 6: one QTensor per planned weight, and the account of every weight."""
-    chosen = catalog.find(SOLVERS, solver, "solver")
-    tensors: dict[str, QTensor] = {}
+def account(solved: Solved, plan: QuantPlan, kinds: dict[str, str]) -> tuple[WeightReport, ...]:
+    """The account of every weight."""
     reports = []
     for entry in plan.entries:
-        weight = model.graph.initializers[entry.tensor].const_value
+        weight = solved.model.graph.initializers[entry.tensor].const_value
         if weight is None or 0 in entry.shape:
             continue
         view = np.asarray(ops.to_view(weight.numpy(), kinds[entry.tensor]), np.float32)
-        if entry.scheme is not None:
-            tensors[entry.tensor] = chosen.solve(view, entry.scheme)
-        reports.append(weight_report(entry, view, tensors.get(entry.tensor)))
-    return tensors, tuple(reports)
+        reports.append(weight_report(entry, view, solved.tensors.get(entry.tensor), solved.fits.get(entry.tensor)))
+    return tuple(reports)
 
 
 def plan_static(
-    model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], weights: tuple[WeightReport, ...],
-    options: CompileOptions, calibration: Any,
+    prepared: Prepared, plan: QuantPlan, tensors: dict[str, QTensor], weights: tuple[WeightReport, ...],
+    options: CompileOptions,
 ) -> tuple[QuantPlan, tuple[WeightReport, ...]]:  # fmt: skip
     """Stage 5 for activations, when their codes are asked for; also the account of the weights under that plan.
 
@@ -304,11 +301,11 @@ def plan_static(
 
     if options.activation != UINT8 or options.scheme is None:
         return plan, weights
-    if calibration is None:
+    if prepared.calibration is None:
         raise UsageError("--activations static needs samples", remedy="give --calibration DATA, or use dynamic")
-    planned = plan_activations(
-        model, plan, tensors, open_batches(model, calibration), observer=options.observer, bits=options.act_bits
-    )
+    model = prepared.original
+    batches = open_batches(model, prepared.calibration)
+    planned = plan_activations(model, plan, tensors, batches, observer=options.observer, bits=options.act_bits)
     entries = {entry.tensor: entry for entry in planned.entries}
     return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)
 

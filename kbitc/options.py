@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from kbitc import catalog
 from kbitc.budget import Budget, make_budget
 from kbitc.errors import UsageError
 from kbitc.quant.plan import FLOAT, INT8, UINT8
@@ -19,6 +21,25 @@ DEFAULT_FORM = "onnx"
 ACTIVATIONS = {"float": FLOAT, "dynamic": INT8, "static": UINT8}
 ACT_BITS = range(4, 9)
 DEFAULT_OBSERVER = "minmax"
+SOLVERS = "kbitc.passes.solvers"
+EQUALIZERS = "kbitc.passes.equalize"
+CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
+CALIBRATED_EQUALIZERS = ("bias_correction",)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are solved.
+
+    Attributes:
+        solver: file name below passes/solvers.
+        equalizers: file names below passes/equalize, in the order in which they are applied.
+        sequential: watch the inputs of a layer in the model whose earlier layers are quantized already.
+    """
+
+    solver: str
+    equalizers: tuple[str, ...] = ()
+    sequential: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,9 @@ class CompileOptions:
         budget: what the plan has to keep.
         form: what `kbitc quantize` writes, a file of `kbitc.passes.interchange`.
         widen: codes may be written in the next wider type of the form; their values stay.
+        solver: how weights are rounded; None chooses by whether there are calibration data.
+        equalize: what is done to the float graph for it; None chooses likewise.
+        sequential: calibrate each layer on the output of quantized ones.
     """
 
     scheme: QuantScheme | None
@@ -62,6 +86,15 @@ class CompileOptions:
     budget: Budget = field(default_factory=Budget)
     form: str = DEFAULT_FORM
     widen: bool = False
+    solver: str | None = None
+    equalize: tuple[str, ...] | None = None
+    sequential: bool = False
+
+    def method(self, calibrated: bool) -> Method:
+        """How weights are solved, with or without calibration data."""
+        solver = self.solver or (CALIBRATED_SOLVER if calibrated else DATA_FREE_SOLVER)
+        equalizers = CALIBRATED_EQUALIZERS if calibrated else ()
+        return Method(solver, equalizers if self.equalize is None else self.equalize, self.sequential)
 
     @property
     def scheme_text(self) -> str:
@@ -93,33 +126,25 @@ def from_arguments(
     with_runtime: bool = False,
     plan: str | PathLike[str] | None = None,
     write_plan: str | PathLike[str] | None = None,
-    target_bpw: float | None = None,
-    size_budget: str | int | None = None,
-    max_drop: str | float | None = None,
-    metric: str | None = None,
-    labels: str | PathLike[str] | None = None,
-    allocate: str | None = None,
     form: str = DEFAULT_FORM,
     widen: bool = False,
+    solver: str | None = None,
+    equalize: str | None = None,
+    sequential: bool = False,
+    **limits: Any,
 ) -> CompileOptions:
-    """Options from the plain values of the command line or the Python call.
+    """Options from the plain values of the command line or the Python call; `limits` go to `make_budget`.
 
     Raises:
         UsageError: when a value is out of range or two of them contradict.
     """
-    budget = make_budget(
-        target_bpw=target_bpw, size_budget=size_budget, max_drop=max_drop, metric=metric, labels=labels,
-        allocate=allocate,
-    )  # fmt: skip
+    budget = make_budget(**limits)
     if budget.limits_plan and bits is not None:
         raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
     if budget.limits_plan and scheme == FLOAT:
         raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
     activation = parse_activations(activations)
-    if activation != UINT8 and (act_bits is not None or observer is not None):
-        raise UsageError("--act-bits and --observer plan activations", remedy="add --activations static")
-    if act_bits is not None and act_bits not in ACT_BITS:
-        raise UsageError("--act-bits is a whole number from 4 to 8", got=act_bits)
+    check_static(activation, act_bits, observer)
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
         activation=activation,
@@ -138,7 +163,45 @@ def from_arguments(
         budget=budget,
         form=form.replace("-", "_"),
         widen=widen,
+        solver=None if solver is None else known(SOLVERS, solver, "solver"),
+        equalize=parse_equalizers(equalize),
+        sequential=sequential,
     )
+
+
+def check_static(activation: str, act_bits: int | None, observer: str | None) -> None:
+    """Refuse --act-bits and --observer where they say nothing, and bits out of range.
+
+    Raises:
+        UsageError: as it says.
+    """
+    if activation != UINT8 and (act_bits is not None or observer is not None):
+        raise UsageError("--act-bits and --observer plan activations", remedy="add --activations static")
+    if act_bits is not None and act_bits not in ACT_BITS:
+        raise UsageError("--act-bits is a whole number from 4 to 8", got=act_bits)
+
+
+def known(package: str, name: str, kind: str) -> str:
+    """The name, when the package has a file of it.
+
+    Raises:
+        UsageError: when it has none; names the nearest.
+    """
+    there = catalog.names(package)
+    if name not in there:
+        raise UsageError(f"unknown {kind}", got=repr(name), remedy=catalog.nearest(name, there))
+    return name
+
+
+def parse_equalizers(text: str | None) -> tuple[str, ...] | None:
+    """The equalizers of --equalize A,B; none for "none".
+
+    Raises:
+        UsageError: an unknown one.
+    """
+    if text is None or text == "none":
+        return None if text is None else ()
+    return tuple(known(EQUALIZERS, name.strip(), "equalizer") for name in text.split(","))
 
 
 def default_scheme() -> QuantScheme:

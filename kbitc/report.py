@@ -21,6 +21,28 @@ SCALES = ".scales"
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How well a solver did on one weight, on its calibration inputs.
+
+    Attributes:
+        solver: its name.
+        rtn_db: signal-to-noise ratio of the layer's output with round to nearest, dB; None without inputs.
+        output_db: the same with this solver. Biases are not counted in either.
+    """
+
+    solver: str
+    rtn_db: float | None = None
+    output_db: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for json.dumps."""
+        found: dict[str, Any] = {"solver": self.solver}
+        if self.rtn_db is not None and self.output_db is not None:
+            found |= {"rtn_output_sqnr_db": round(self.rtn_db, 2), "output_sqnr_db": round(self.output_db, 2)}
+        return found
+
+
+@dataclass(frozen=True)
 class WeightReport:
     """One weight after quantization.
 
@@ -32,6 +54,7 @@ class WeightReport:
         bits_per_weight: codes, scales and zero points over the number of weights, as they are stored: in a bundle,
             whose kernels read plain scales, coded scales count as what they are decoded to.
         sqnr_db: of the weights themselves; None for a float weight.
+        fit: how the solver did; None for a float weight.
     """
 
     entry: PlanEntry
@@ -40,11 +63,13 @@ class WeightReport:
     packed_bytes: int
     bits_per_weight: float
     sqnr_db: float | None
+    fit: Fit | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""
         return {
             **self.entry.as_json(),
+            **({} if self.fit is None else self.fit.as_json()),
             "weights": self.weights,
             "code_bytes": self.code_bytes,
             "packed_bytes": self.packed_bytes,
@@ -53,14 +78,16 @@ class WeightReport:
         }
 
 
-def weight_report(entry: PlanEntry, weight: npt.NDArray[np.float32], tensor: QTensor | None) -> WeightReport:
+def weight_report(
+    entry: PlanEntry, weight: npt.NDArray[np.float32], tensor: QTensor | None, fit: Fit | None = None
+) -> WeightReport:
     """Count one weight; `weight` is its float form seen as [N, T, C]."""
     if tensor is None:
         return WeightReport(entry, weight.size, 0, FLOAT_BYTES * weight.size, 8.0 * FLOAT_BYTES, None)
     error = weight.astype(np.float64) - tensor.dequantize()
     quality = sqnr_db(float((weight.astype(np.float64) ** 2).sum()), float((error * error).sum()))
     size = tensor.code_bytes()
-    return WeightReport(entry, weight.size, size, size, tensor.bits_per_weight(), quality)
+    return WeightReport(entry, weight.size, size, size, tensor.bits_per_weight(), quality, fit)
 
 
 def with_packed_sizes(

@@ -222,6 +222,31 @@ def insert_before(
     return new.outputs[0]
 
 
+def append(value: ir.Value, op_type: str, others: Sequence[ir.Value], name: str, **attrs: Any) -> ir.Value:
+    """Put `op_type(value, *others)` behind the node that makes `value`: every reader of `value` now reads the result.
+
+    A graph output keeps its name. Returns the result, with the type and shape of `value`.
+
+    Raises:
+        InternalError: when no node makes `value`.
+    """
+    maker = value.producer()
+    if maker is None:
+        raise InternalError("a value that no node makes has nothing to put a node behind", where=value.name)
+    graph = root_graph(maker)
+    node = ir.Node("", op_type, [value, *others], attributes(**attrs), name=name)
+    new = node.outputs[0]
+    new.name, new.type, new.shape = fresh_name(graph, name), value.type, value.shape
+    graph.insert_after(maker, node)
+    if value.is_graph_output():
+        _move_output(value, new, graph, maker)
+        return new
+    for user, index in tuple(value.uses()):
+        if user is not node:
+            user.replace_input_with(index, new)
+    return new
+
+
 def redirect(old: ir.Value, new: ir.Value) -> None:
     """Make every reader of `old` read `new`. A graph output keeps its name.
 

@@ -119,3 +119,10 @@ def reason_not_quantizable(node: ir.Node) -> str | None:
 def conv_group(node: ir.Node) -> int:
     """The group attribute of a convolution."""
     return node.attributes.get_int("group", 1)
+
+
+def kernel_shape(node: ir.Node) -> tuple[int, ...]:
+    """The spatial dims of a convolution's weight, which is a constant."""
+    weight = node.inputs[WEIGHT_USES[node.op_type].weight_input]
+    shape = weight.const_value.shape.numpy() if weight is not None and weight.const_value is not None else ()
+    return tuple(int(dim) for dim in shape[2:])

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kbitc.quant.format import Format
 from kbitc.quant.learn import data_type_of
+from kbitc.quant.moments import InputMoments
 from kbitc.quant.scales import spread_steps, store_scales
 from kbitc.quant.scheme import QuantScheme, ScaleCode
 from kbitc.quant.tensor import QTensor, block_range, block_sum, shape3, spread
@@ -26,12 +27,13 @@ from kbitc.quant.tensor import QTensor, block_range, block_sum, shape3, spread
 FloatArray = npt.NDArray[np.float32]
 
 
-def solve(weight: FloatArray, scheme: QuantScheme) -> QTensor:
+def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None = None) -> QTensor:
     """Quantize one weight.
 
     Args:
         weight: f32 [N, T, C], finite.
         scheme: what it becomes.
+        inputs: not looked at.
 
     Returns:
         The codes, with scales already rounded to what the scheme stores.

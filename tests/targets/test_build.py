@@ -14,8 +14,9 @@ from kbitc import driver
 from kbitc.graph.evaluate import evaluate
 from kbitc.importer import load_model
 from kbitc.importer.feeds import sample_feeds
-from kbitc.options import from_arguments
+from kbitc.options import Method, from_arguments
 from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.solve import solve_weights
 from kbitc.targets.build import build
 from kbitc.targets.target import parse_target
 from tests.conftest import lacking
@@ -37,7 +38,7 @@ def quantized_model(scheme: str, activations: str = "dynamic") -> ir.Model:
     target = parse_target("reference")
     options = from_arguments(scheme=scheme, activations=activations, target="reference")
     plan, kinds = driver.make_plan(model, options, target)
-    tensors, _ = driver.solve(model, plan, kinds)
+    tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
     return driver.rewrite(model, plan, tensors, kinds)
 
 

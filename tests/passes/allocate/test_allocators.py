@@ -11,12 +11,14 @@ import pytest
 from kbitc import catalog, driver
 from kbitc.bundle.weights import ALIGNMENT, padded_size
 from kbitc.graph.evaluate import Session
+from kbitc.options import Method
 from kbitc.passes.allocate import choices
 from kbitc.passes.allocate.allocation import KERNEL_SLACK, by_noise
 from kbitc.passes.allocate.allocators import second_order, sensitivity
 from kbitc.passes.allocate.choices import Problem, stored_bytes, weight_bits
 from kbitc.passes.allocate.knapsack import solve
 from kbitc.passes.allocate.probe import Probe
+from kbitc.passes.solve import solve_weights
 from kbitc.planner import ALLOCATORS
 from kbitc.quant.metrics import compare
 from kbitc.quant.tensor import QTensor
@@ -72,7 +74,9 @@ def test_counted_bytes_are_those_of_the_lowered_arrays(target: str, activation: 
     kinds = {layer.candidate.tensor: layer.candidate.kind for layer in problem.layers}
     for index in (0, 1, 5):
         plan = problem.plan((index,) * 6)
-        quantized = driver.rewrite(problem.model, plan, driver.solve(problem.model, plan, kinds)[0], kinds)
+        quantized = driver.rewrite(
+            problem.model, plan, solve_weights(problem.model, plan, kinds, Method("rtn")).tensors, kinds
+        )
         stored = lower(quantized, parse_target(target)).weights
         parts = (".codes", ".scales", ".zero_points")
         for entry in plan.entries:

@@ -17,9 +17,11 @@ from safetensors.numpy import load_file
 from kbitc import catalog, driver, options
 from kbitc.errors import UnsupportedError, UsageError
 from kbitc.graph.evaluate import Session
+from kbitc.options import Method
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.interchange import compressed_tensors, matmulnbits, qdq
 from kbitc.passes.interchange._export import Export, widened
+from kbitc.passes.solve import solve_weights
 from kbitc.passes.solvers import rtn
 from kbitc.quant.scheme import QuantScheme
 from kbitc.targets.target import parse_target
@@ -33,7 +35,7 @@ def _export(form: str, **chosen: Any) -> Export:
     model = planned.model()
     made = options.from_arguments(form=form, **chosen)
     plan, kinds = driver.make_plan(model, made, parse_target("reference"))
-    tensors, _ = driver.solve(model, plan, kinds)
+    tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
     return Export(model, driver.rewrite(model, plan, tensors, kinds), plan, tensors, kinds)
 
 

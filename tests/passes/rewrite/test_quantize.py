@@ -14,6 +14,8 @@ from kbitc.graph import ops
 from kbitc.graph.evaluate import evaluate
 from kbitc.graph.quantized import read_activation, read_weight
 from kbitc.graph.text import model_text
+from kbitc.options import Method
+from kbitc.passes.solve import solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.quant.scheme import ScaleCode
 from kbitc.quant.tensor import QTensor
@@ -72,7 +74,7 @@ CASES = {
 def _quantize(model: ir.Model, scheme: str, activations: str) -> tuple[ir.Model, QuantPlan, dict[str, QTensor]]:
     chosen = options.from_arguments(scheme=scheme, activations=activations)
     plan, kinds = driver.make_plan(model, chosen, parse_target("reference"))
-    tensors, _ = driver.solve(model, plan, kinds)
+    tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
     return driver.rewrite(model, plan, tensors, kinds), plan, tensors
 
 

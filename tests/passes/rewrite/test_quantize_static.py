@@ -16,7 +16,9 @@ from kbitc.graph import legality
 from kbitc.graph.evaluate import evaluate
 from kbitc.graph.text import operator_counts
 from kbitc.importer.feeds import made_up_feeds
+from kbitc.options import Method
 from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.solve import solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.targets.target import parse_target
 from tests.support.onnx_text import model, noise
@@ -37,9 +39,10 @@ def quantized(
     feeds = feeds or [made_up_feeds(original, seed=seed) for seed in range(3)]
     wishes = options.from_arguments(**({"bits": 8, "activations": "static"} | chosen))
     plan, kinds = driver.make_plan(original, wishes, parse_target("reference"))
-    tensors, weight_reports = driver.solve(original, plan, kinds)
-    plan, _ = driver.plan_static(original, plan, tensors, weight_reports, wishes, feeds)
-    made = driver.rewrite(original, plan, tensors, kinds)
+    solved = solve_weights(original, plan, kinds, Method("rtn"))
+    prepared = driver.Prepared(original, feeds, "", feeds, {})
+    plan, _ = driver.plan_static(prepared, plan, solved.tensors, driver.account(solved, plan, kinds), wishes)
+    made = driver.rewrite(original, plan, solved.tensors, kinds)
     onnx.checker.check_model(ir.to_proto(made), full_check=True)
     assert legality.after_rewrite(made) == []
     return original, made, plan, feeds
@@ -264,4 +267,4 @@ def test_static_needs_samples_and_sane_numbers() -> None:
     original = canonicalize(model(*between("r = Relu(c)")))
     wishes = options.from_arguments(bits=8, activations="static")
     with pytest.raises(UsageError, match="--calibration"):
-        driver.plan_static(original, QuantPlan(()), {}, (), wishes, None)
+        driver.plan_static(driver.Prepared(original, [], "", None, {}), QuantPlan(()), {}, (), wishes)

@@ -15,8 +15,9 @@ def quantized_model(path: str, scheme: str | None, activations: str, shapes: Map
     """The canonical model of a file, quantized by round to nearest (None: left float)."""
     from kbitc import driver
     from kbitc.importer import load_model
-    from kbitc.options import from_arguments
+    from kbitc.options import Method, from_arguments
     from kbitc.passes.canonicalize import canonicalize
+    from kbitc.passes.solve import solve_weights
     from kbitc.targets.target import parse_target
 
     model = canonicalize(load_model(path, shapes=dict(shapes)))
@@ -24,7 +25,7 @@ def quantized_model(path: str, scheme: str | None, activations: str, shapes: Map
         return model
     options = from_arguments(scheme=scheme, activations=activations)
     plan, kinds = driver.make_plan(model, options, parse_target("cuda:sm_90"))
-    tensors, _ = driver.solve(model, plan, kinds)
+    tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
     return driver.rewrite(model, plan, tensors, kinds)
 
 

@@ -1,0 +1,52 @@
+"""First and second moments of what a weight is multiplied with: all that a solver needs to know of the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Moments of the unfolded inputs of one weight [N, T, C].
+
+    A row x of K = T * C numbers, in the order (tap, channel) of the weight's view, is what one output channel's
+    weights are multiplied with. A convolution with G groups sees G different rows; everywhere else G = 1.
+    With the error D [N, K] of a quantized weight, the mean squared error of output channel n is D_n second D_n^T.
+
+    Attributes:
+        second: f32 [G, K, K], E[x x^T] (not centred).
+        mean: f32 [G, K], E[x].
+        mean_abs: f32 [G, K], E[|x|].
+        count: number of rows behind the means.
+    """
+
+    second: FloatArray
+    mean: FloatArray
+    mean_abs: FloatArray
+    count: int
+
+    @property
+    def groups(self) -> int:
+        """G."""
+        return int(self.second.shape[0])
+
+    @property
+    def power(self) -> FloatArray:
+        """E[x^2], f32 [G, K]: the diagonal of `second`."""
+        return np.ascontiguousarray(np.diagonal(self.second, axis1=1, axis2=2))
+
+    def output_power(self, weight: FloatArray) -> npt.NDArray[np.float64]:
+        """E[(w_n x)^2] of every output channel, f64 [N]; of an error W - Wq, the mean squared error that it makes.
+
+        Args:
+            weight: f32 [N, T, C].
+        """
+        rows = weight.shape[0]
+        grouped = weight.reshape(self.groups, rows // self.groups, -1)
+        power = np.einsum("gnk,gnk->gn", grouped @ self.second, grouped, dtype=np.float64)
+        return np.asarray(power, np.float64).reshape(rows)

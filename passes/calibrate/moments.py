@@ -1,0 +1,181 @@
+"""Moments of the inputs of every planned weight, a few layers at a time.
+
+A solver needs E[x x^T] of a layer's unfolded input, K x K numbers, so all layers of a model at once would be too many.
+Layers are taken in graph order in groups whose moments fit a memory budget, and the model is run once a group.
+
+Products of 1024 rows are summed in float32, everything beyond in float64, and the batches are taken in the order of
+their SHA-256: the same data in another order give the same bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc.graph import ops
+from kbitc.passes.calibrate.stream import stream
+from kbitc.passes.calibrate.unfold import can_unfold, rows
+from kbitc.quant.moments import InputMoments
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+#: Bytes of moments that are held at once.
+BUDGET = 1 << 29
+#: Rows of one layer that all batches together contribute at most: so many, or so many times K where that is more.
+ROWS = 16384
+ROWS_PER_COLUMN = 16
+#: Rows that are multiplied in float32 before the sum goes to float64.
+CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One weight and the nodes whose inputs it is multiplied with."""
+
+    tensor: str
+    nodes: tuple[ir.Node, ...]
+    groups: int
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its float64 moments."""
+        return 8 * self.groups * self.size * self.size
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for weights that are multiplied with the same rows."""
+        return tuple(_geometry(node) for node in self.nodes)
+
+
+def readers(nodes: Mapping[str, Sequence[ir.Node]]) -> list[Reader]:
+    """The weights whose inputs can be watched; look-ups and input-dependent padding are left out.
+
+    Args:
+        nodes: weight name -> the nodes that use it.
+    """
+    found = []
+    for tensor, users in nodes.items():
+        usable = tuple(node for node in users if can_unfold(node))
+        if usable:
+            weight, kind = ops.weight_source(usable[0])
+            shape = weight.const_value.shape.numpy() if weight is not None and weight.const_value is not None else ()
+            _, taps, channels = ops.view_shape(kind, tuple(int(dim) for dim in shape))
+            groups = ops.conv_group(usable[0]) if usable[0].op_type == "Conv" else 1
+            found.append(Reader(tensor, usable, groups, taps * channels))
+    return found
+
+
+def in_groups(wanted: Sequence[Reader], budget: int = BUDGET, parts: int = 1) -> list[list[Reader]]:
+    """Cut the weights, in order, into groups whose moments fit the budget; equal inputs count once.
+
+    Args:
+        wanted: weights in graph order.
+        budget: bytes of float64 moments in one group; a single weight may exceed it.
+        parts: at least so many groups, where there are so many different inputs.
+    """
+    groups: list[list[Reader]] = []
+    most = -(-len({reader.key for reader in wanted}) // parts)
+    used, seen = 0, set[tuple[object, ...]]()
+    for reader in wanted:
+        extra = 0 if reader.key in seen else reader.nbytes
+        if not groups or used + extra > budget or len(seen | {reader.key}) > most:
+            groups.append([])
+            used, seen, extra = 0, set(), reader.nbytes
+        groups[-1].append(reader)
+        seen.add(reader.key)
+        used += extra
+    return groups
+
+
+def moments(model: ir.Model, group: Sequence[Reader], feeds: Sequence[Feeds]) -> dict[str, InputMoments]:
+    """Run the model once over all batches and give the moments of a group of weights by name.
+
+    Weights that read the same rows share one object. A weight that no row reaches is left out.
+    """
+    sums = {reader.key: _Sums.zeros(reader.groups, reader.size) for reader in group}
+    nodes = {reader.key: reader.nodes for reader in group}
+    names = sorted({_source(node) for reader in group for node in reader.nodes})
+    for values in stream(model, names, in_fixed_order(feeds)):
+        for key, total in sums.items():
+            for node in nodes[key]:
+                total.add(rows(node, values[_source(node)], row_limit(total.size, len(feeds))))
+    made = {key: total.finish() for key, total in sums.items() if total.count}
+    return {reader.tensor: made[reader.key] for reader in group if reader.key in made}
+
+
+def row_limit(size: int, batches: int) -> int:
+    """Rows of K = `size` numbers that one of so many batches contributes at most."""
+    return -(-max(ROWS, ROWS_PER_COLUMN * size) // max(batches, 1))
+
+
+def in_fixed_order(feeds: Sequence[Feeds]) -> list[Feeds]:
+    """The batches in the order of the SHA-256 of what they hold."""
+    return sorted(feeds, key=_digest)
+
+
+def _digest(feed: Feeds) -> bytes:
+    found = hashlib.sha256()
+    for name in sorted(feed):
+        found.update(f"{name} {feed[name].dtype} {feed[name].shape}".encode())
+        found.update(np.ascontiguousarray(feed[name]).tobytes())
+    return found.digest()
+
+
+def _source(node: ir.Node) -> str:
+    """Name of the activation that a node reads."""
+    value = node.inputs[ops.WEIGHT_USES[node.op_type].activation_input or 0]
+    return (value.name if value is not None else None) or ""
+
+
+def _geometry(node: ir.Node) -> tuple[object, ...]:
+    """Which rows a node cuts out of which value."""
+    if node.op_type != "Conv":
+        return (_source(node),)
+    names = ("strides", "dilations", "pads")
+    numbers = tuple(tuple(node.attributes.get_ints(name, ())) for name in names)
+    return (_source(node), ops.kernel_shape(node), ops.conv_group(node), *numbers)
+
+
+@dataclass
+class _Sums:
+    """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]."""
+
+    second: npt.NDArray[np.float64]
+    first: npt.NDArray[np.float64]
+    absolute: npt.NDArray[np.float64]
+    count: int = 0
+
+    @property
+    def size(self) -> int:
+        """K."""
+        return int(self.second.shape[1])
+
+    @classmethod
+    def zeros(cls, groups: int, size: int) -> _Sums:
+        """Nothing added yet."""
+        return cls(np.zeros((groups, size, size)), np.zeros((groups, size)), np.zeros((groups, size)))
+
+    def add(self, found: Array) -> None:
+        """Take in rows f32 [G, rows, K]; rows that are not finite are left out."""
+        if not np.isfinite(found.sum(dtype=np.float64)):
+            found = found[:, np.isfinite(found).all(axis=(0, 2))]
+        for start in range(0, found.shape[1], CHUNK):
+            part = found[:, start : start + CHUNK]
+            self.second += part.transpose(0, 2, 1) @ part
+            ones = np.ones((1, part.shape[1]), np.float32)
+            self.first += (ones @ part)[:, 0]
+            self.absolute += (ones @ np.abs(part))[:, 0]
+            self.count += part.shape[1]
+
+    def finish(self) -> InputMoments:
+        """The sums over the number of rows."""
+        arrays = (self.second, self.first, self.absolute)
+        second, mean, mean_abs = ((total / self.count).astype(np.float32) for total in arrays)
+        return InputMoments(second, mean, mean_abs, self.count)

@@ -1,0 +1,134 @@
+"""Stage 6: every planned weight becomes a QTensor, a few layers at a time, and biases take over what the mean lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc import catalog
+from kbitc.graph import edit, ops
+from kbitc.options import Method
+from kbitc.passes.calibrate.moments import Reader, in_groups, moments, readers
+from kbitc.passes.equalize import bias_correction
+from kbitc.passes.solvers import rtn
+from kbitc.quant.metrics import sqnr_db
+from kbitc.quant.moments import InputMoments
+from kbitc.quant.plan import QuantPlan
+from kbitc.quant.tensor import QTensor
+from kbitc.report import Fit
+
+FloatArray = npt.NDArray[np.float32]
+Feeds = Mapping[str, npt.NDArray[Any]]
+SOLVERS = "kbitc.passes.solvers"
+#: Parts into which `sequential` cuts the layers of a model.
+PARTS = 12
+
+
+@dataclass(frozen=True)
+class Solved:
+    """`model` is the float model with corrected biases; `tensors` and `fits` go by weight name."""
+
+    model: ir.Model
+    tensors: dict[str, QTensor]
+    fits: dict[str, Fit]
+
+
+def solve_weights(
+    model: ir.Model,
+    plan: QuantPlan,
+    kinds: Mapping[str, str],
+    method: Method,
+    feeds: Sequence[Feeds] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> Solved:
+    """Quantize every weight of the plan that has a scheme and elements.
+
+    Args:
+        model: canonical graph; it is not changed.
+        plan: which weight gets which scheme.
+        kinds: weight name -> the view that `kbitc.graph.ops` gives it.
+        method: how.
+        feeds: calibration batches; without them the solvers work from the weights alone.
+        progress: told what is being done.
+    """
+    work = _Work(model.clone(), kinds, method, progress)
+    nodes = {node.name: node for node in model.graph}
+    entries = [entry for entry in plan.quantized() if 0 not in entry.shape]
+    schemes = {entry.tensor: entry.scheme for entry in entries}
+    watched = readers({entry.tensor: [nodes[name] for name in entry.nodes] for entry in entries}) if feeds else []
+    rest = [name for name in schemes if name not in {reader.tensor for reader in watched}]
+    for name in rest:
+        work.solve(name, schemes[name], None)
+    for group, inputs, before in _watch(model, work, watched, feeds):
+        for reader in group:
+            work.solve(reader.tensor, schemes[reader.tensor], inputs.get(reader.tensor))
+            work.correct(reader, inputs.get(reader.tensor), before.get(reader.tensor))
+    return Solved(work.model, {name: work.tensors[name] for name in schemes}, work.fits)
+
+
+def _watch(
+    model: ir.Model, work: _Work, watched: Sequence[Reader], feeds: Sequence[Feeds]
+) -> Iterator[tuple[list[Reader], dict[str, InputMoments], dict[str, InputMoments]]]:
+    """Groups of layers with the moments of their inputs, as the layers will see them and in the float model."""
+    parts = PARTS if work.method.sequential else 1
+    groups = in_groups(watched, parts=parts)
+    for number, group in enumerate(groups, 1):
+        work.progress(f"calibrate layers {number} of {len(groups)}")
+        before = moments(model, group, feeds)
+        inputs = moments(work.running(), group, feeds) if work.method.sequential and number > 1 else before
+        work.progress(f"solve layers {number} of {len(groups)}")
+        yield group, inputs, before
+
+
+class _Work:
+    """The weights solved so far and the model whose biases they correct."""
+
+    def __init__(
+        self, model: ir.Model, kinds: Mapping[str, str], method: Method, progress: Callable[[str], None]
+    ) -> None:
+        self.model, self.kinds, self.method, self.progress = model, kinds, method, progress
+        self.solver = catalog.find(SOLVERS, method.solver, "solver")
+        self.nodes = {node.name: node for node in model.graph}
+        self.tensors: dict[str, QTensor] = {}
+        self.fits: dict[str, Fit] = {}
+
+    def view(self, name: str) -> FloatArray:
+        """A weight as f32 [N, T, C]."""
+        weight = self.model.graph.initializers[name]
+        return np.asarray(ops.to_view(np.asarray(edit.constant(weight)), self.kinds[name]), np.float32)
+
+    def solve(self, name: str, scheme: Any, inputs: InputMoments | None) -> None:
+        """Quantize one weight and note how well that went."""
+        weight = self.view(name)
+        tensor = self.solver.solve(weight, scheme, inputs)
+        self.tensors[name] = tensor
+        plain = after = None
+        if inputs is not None:
+            signal = float(inputs.output_power(weight).sum())
+            old, new = (inputs.output_power(weight - each.dequantize()) for each in (rtn.solve(weight, scheme), tensor))
+            plain, after = sqnr_db(signal, float(old.sum())), sqnr_db(signal, float(new.sum()))
+        self.fits[name] = Fit(self.method.solver, plain, after)
+
+    def correct(self, reader: Reader, inputs: InputMoments | None, before: InputMoments | None) -> None:
+        """Correct the bias behind the only node that reads a weight."""
+        wanted = "bias_correction" in self.method.equalizers and len(reader.nodes) == 1
+        if not wanted or inputs is None or before is None:
+            return
+        amount = bias_correction.shift(self.view(reader.tensor), self.tensors[reader.tensor], before, inputs)
+        if amount.any():
+            bias_correction.add_to_bias(self.nodes[reader.nodes[0].name], amount)
+
+    def running(self) -> ir.Model:
+        """The model with the weights solved so far in the place of the float ones."""
+        copy = self.model.clone()
+        for name, tensor in self.tensors.items():
+            value = copy.graph.initializers[name]
+            shape = edit.static_shape(value) or ()
+            array = ops.from_view(tensor.dequantize(), self.kinds[name], shape)
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
+        return copy

@@ -54,7 +54,7 @@ def compile(
         activations: "dynamic" (int8 at run time), "static" (planned from `calibration`) or "float".
         act_bits: bits of a static activation, 4 to 8 (default 8).
         observer: what gives the ranges of static activations: a file of passes/observers.
-        target: host, x86[:avx2|avx512vnni], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
+        target: host, x86[:avx2|avx512vnni|avx512vbmi], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
         shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
         exclude: node or tensor names, globs, or type:Op, whose weights stay float.
         calibration: .npz, .npy or folder, or an iterable of feeds {name: array}.

@@ -19,7 +19,7 @@ from kbitc.quant.scheme import Granularity, QuantScheme
 from kbitc.targets import machine
 
 FOLDERS = {"x86": "x86", "arm-neon": "neon", "cuda": "cuda", "reference": "reference"}
-SYNTAX = "host|x86[:avx2|avx512vnni]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
+SYNTAX = "host|x86[:avx2|avx512vnni|avx512vbmi]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
 WEIGHT_OPERATORS = ("MatMul", "Gemm", "Conv", "Gather")
 ACTIVATIONS = {"float": "float32", "float32": "float32", "dynamic": "int8", "int8": "int8", "uint8": "uint8"}
 BLOCK_STEP = 16
@@ -184,7 +184,7 @@ def parse_target(text: str) -> Target:
 
 def host_target() -> Target:
     """The best CPU target that this machine runs; ``reference`` where no family does."""
-    for name in ("x86:avx512vnni", "x86:avx2", "arm-neon:dotprod,i8mm", "arm-neon:dotprod"):
+    for name in ("x86:avx512vbmi", "x86:avx512vnni", "x86:avx2", "arm-neon:dotprod,i8mm", "arm-neon:dotprod"):
         target = parse_target(name)
         if host_runs(target) is None:
             return target
@@ -194,7 +194,7 @@ def host_target() -> Target:
 def all_targets() -> list[Target]:
     """Every target that kbitc has, in the order of `FOLDERS`."""
     names = [
-        *("x86:avx2", "x86:avx512vnni", "arm-neon:dotprod", "arm-neon:dotprod,i8mm"),
+        *("x86:avx2", "x86:avx512vnni", "x86:avx512vbmi", "arm-neon:dotprod", "arm-neon:dotprod,i8mm"),
         *("cuda:sm_80", "cuda:sm_90", "reference"),
     ]
     return [parse_target(name) for name in names]

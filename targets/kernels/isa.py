@@ -19,6 +19,7 @@ from kbitc.quant.format import Format
 from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.codes import UnitCodes
+from kbitc.targets.target import Target
 
 Expr = Any
 
@@ -214,15 +215,18 @@ def _signed_byte(word: Expr, j: int, lanes: int) -> Expr:
     return tirx.shift_right(up, v.full(24, "int32", lanes))
 
 
-def for_dot(dot: str) -> Isa:
-    """The instruction set of a target by its dot instruction (`Target.dot`); "" is the portable one."""
+def isa_of(target: Target) -> Isa:
+    """The instruction set of a target; the portable one where it has no dot product."""
     # Imported here: the intrinsic folders import this module.
     from kbitc.targets.neon.intrin.dotprod import Dotprod
     from kbitc.targets.x86.intrin.avx2 import Avx2
+    from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
     from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
 
+    if target.has("avx512vbmi"):
+        return Avx512Vbmi()
     sets: dict[str, type[Isa]] = {"vpdpbusd": Avx512Vnni, "vpmaddwd": Avx2, "sdot": Dotprod, "": Portable}
-    return sets[dot]()
+    return sets[target.dot]()
 
 
 def stored_zero_points(zero_points: npt.NDArray[np.uint8], data_type: Format) -> npt.NDArray[np.uint8]:

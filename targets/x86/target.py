@@ -1,15 +1,20 @@
-"""x86-64 with AVX2, or with AVX-512 and VNNI. Both integer paths give exact int32 sums: `vpmaddubsw` is never used."""
+"""x86-64 with AVX2, with AVX-512 and VNNI, or with VBMI too.
+
+All integer paths give exact int32 sums: `vpmaddubsw` is never used.
+"""
 
 from __future__ import annotations
 
 from kbitc.targets import machine
 from kbitc.targets.target import Requirement, Target
 
-VARIANTS = ("avx2", "avx512vnni")
+VARIANTS = ("avx2", "avx512vnni", "avx512vbmi")
 TRIPLE = "x86_64-linux-gnu"
 # What LLVM may use for -mcpu=haswell and -mcpu=cascadelake, with the names of /proc/cpuinfo.
 AVX2 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt")
 AVX512VNNI = (*AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
+# Ice Lake, Zen 4 and later.
+AVX512VBMI = (*AVX512VNNI, "avx512vbmi")
 
 
 def default_features() -> tuple[str, ...]:
@@ -19,17 +24,19 @@ def default_features() -> tuple[str, ...]:
 
 def declare(features: tuple[str, ...]) -> Target:
     """The target of a variant; with several names the widest counts."""
-    wide = "avx512vnni" in features
+    variant = max(features, key=VARIANTS.index)
+    wide = variant != "avx2"
+    # Explicit mcpu: "native" would make the library depend on the machine that built it.
+    fields = (("kind", "llvm"), ("mtriple", TRIPLE), ("mcpu", "cascadelake" if wide else "haswell"))
     return Target(
-        name="x86:avx512vnni" if wide else "x86:avx2",
+        name=f"x86:{variant}",
         kind="x86",
-        features=("avx512vnni",) if wide else ("avx2",),
+        features=(variant,),
         machine="x86_64",
         triple=TRIPLE,
         device="cpu",
-        cpu_features=AVX512VNNI if wide else AVX2,
-        # Explicit mcpu: "native" would make the library depend on the machine that built it.
-        tvm_fields=(("kind", "llvm"), ("mtriple", TRIPLE), ("mcpu", "cascadelake" if wide else "haswell")),
+        cpu_features={"avx2": AVX2, "avx512vnni": AVX512VNNI, "avx512vbmi": AVX512VBMI}[variant],
+        tvm_fields=(*fields, ("mattr", ("+avx512vbmi",))) if variant == "avx512vbmi" else fields,
         vector_bytes=64 if wide else 32,
         lanes=16 if wide else 8,
         dot="vpdpbusd" if wide else "vpmaddwd",

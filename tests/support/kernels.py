@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import tvm
 from tvm import relax
 
 from kbitc.bundle.manifest import ValueInfo
+from kbitc.quant.format import Format
 from kbitc.quant.scheme import QuantScheme
 from kbitc.quant.tensor import QTensor, blocks_of, scale_shape
 from kbitc.targets import machine
@@ -162,6 +163,15 @@ def random_weight(scheme: str, shape: tuple[int, int, int], seed: int = 0) -> QT
     scales = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float16).astype(np.float32)
     zeros = random.integers(0, 2**data_type.bits, scales.shape).astype(np.uint8) if parsed.zero_point else None
     return QTensor(codes, scales, zeros, data_type, parsed)
+
+
+def learned_weight(bits: int, shape: tuple[int, int, int], seed: int = 0) -> QTensor:
+    """A weight with blocks of 32 and any ascending int8 levels, some of them equal, as k-means finds them."""
+    base = random_weight(f"int{bits}:b32", shape, seed)
+    levels = np.sort(np.random.default_rng(seed).integers(-128, 128, 2**bits))
+    levels[0], levels[1], levels[-1] = -128, -128 if bits > 1 else 127, 127
+    made = Format("learned", bits, tuple(int(level) for level in levels), uniform=False)
+    return replace(base, format=made)
 
 
 def matmul(name: str, weight: QTensor, lead: tuple[Any, ...], activation: str = "int8", **more: Any) -> Contraction:

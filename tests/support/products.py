@@ -15,7 +15,7 @@ from tests.support import kernels
 from tests.support.kernels import Case, Compiled
 from tests.support.qemu import need_runner
 
-VNNI, AVX2, NEON = "x86:avx512vnni", "x86:avx2", "arm-neon:dotprod"
+VBMI, VNNI, AVX2, NEON = "x86:avx512vbmi", "x86:avx512vnni", "x86:avx2", "arm-neon:dotprod"
 RANDOM = np.random.default_rng(7)
 RULE = IntegerProduct()
 
@@ -40,6 +40,12 @@ def _extreme(name: str, scheme: str, channels: int) -> Case:
     return product(name, scheme, (3, 17, channels), x, weight)
 
 
+def _learned(bits: int, channels: int) -> Case:
+    """A table of any levels."""
+    weight = kernels.learned_weight(bits, (17, 1, channels))
+    return product(f"learned{bits}", "", (2, 17, channels), weight=weight)
+
+
 def _outlier() -> Case:
     x = RANDOM.standard_normal((2, 64)).astype(np.float32)
     x[1, 40] = 3e7
@@ -52,6 +58,8 @@ CASES = (
     product("rows7", "int4:b32", (7, 17, 70)),
     product("table4", "nf4:b32", (5, 17, 95)),
     product("table6", "nf6:b32", (2, 16, 33)),
+    _learned(3, 40),
+    _learned(8, 40),
     product("zero4", "uint4:b16:zp", (3, 15, 48)),
     product("zero8", "uint8:b32:zp", (1, 31, 97)),
     product("channel", "int8:c", (5, 16, 131), bias=RANDOM.standard_normal(16).astype(np.float32)),
@@ -66,6 +74,7 @@ CASES = (
     _extreme("extreme_zero8", "uint8:b1024:zp", 1030),
 )
 MORE_CASES = (
+    *(_learned(k, 70) for k in (1, 2, 4, 5, 6, 7)),
     product("table5", "nf5:b80", (6, 64, 170)),
     product("table7", "nf7:b32", (1, 16, 45)),
     product("table2", "nf2:b32", (3, 16, 45)),
@@ -96,7 +105,8 @@ CONVOLUTIONS = tuple(_convolutions())
 @cache
 def compiled(target_name: str) -> Compiled:
     """All cases as one module of a target; built once a session."""
-    cases = (*CASES, *MORE_CASES, *CONVOLUTIONS) if target_name == VNNI else (*CASES, *CONVOLUTIONS)
+    most = target_name in (VNNI, VBMI)
+    cases = (*CASES, *MORE_CASES, *CONVOLUTIONS) if most else (*CASES, *CONVOLUTIONS)
     return kernels.compile_cases(cases, parse_target(target_name))
 
 

@@ -46,6 +46,7 @@ def test_tvm_accepts_every_target(target: Target) -> None:
     [
         ("x86", "x86:avx2"),
         ("x86:avx2,avx512vnni", "x86:avx512vnni"),
+        ("x86:avx512vbmi,avx512vnni", "x86:avx512vbmi"),
         ("arm-neon", "arm-neon:dotprod"),
         ("arm-neon:i8mm", "arm-neon:dotprod,i8mm"),
         (" arm-neon:dotprod, i8mm ", "arm-neon:dotprod,i8mm"),
@@ -66,7 +67,7 @@ def test_other_spellings(text: str, name: str) -> None:
         ("x86:avx512", "x86:avx512vnni"),
         ("reference:fast", "write reference alone"),
         ("host:avx2", "did you mean host?"),
-        ("x86:", "known: x86:avx2, x86:avx512vnni"),
+        ("x86:", "known: x86:avx2, x86:avx512vnni, x86:avx512vbmi"),
         ("", "known: host"),
     ],
 )
@@ -80,6 +81,7 @@ def test_unknown_targets_name_the_nearest(text: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "features", "name"),
     [
+        ("x86_64", WIDE | VNNI | {"avx512vbmi"}, "x86:avx512vbmi"),
         ("x86_64", WIDE | VNNI, "x86:avx512vnni"),
         ("x86_64", WIDE | VNNI - {"avx512_vnni"}, "x86:avx2"),
         ("x86_64", frozenset({"sse2"}), "reference"),
@@ -105,6 +107,8 @@ def test_another_machine_is_refused_naming_both_sides(pretend) -> None:
     assert reason is not None
     assert "avx512_vnni" in reason
     assert "fma" not in reason
+    pretend("x86_64", WIDE | VNNI)
+    assert "avx512vbmi" in str(host_runs(parse_target("x86:avx512vbmi")))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from kbitc.quant.tensor import QTensor
 from kbitc.targets.kernels.dynamic_quantize import QuantizeSpec, make_dynamic_quantize
 from kbitc.targets.kernels.embedding import EmbeddingSpec, make_embedding
 from kbitc.targets.kernels.grouped_conv import MOST_WEIGHTS, GroupedSpec, make_grouped_conv
-from kbitc.targets.kernels.isa import for_dot, stored_zero_points
+from kbitc.targets.kernels.isa import isa_of, stored_zero_points
 from kbitc.targets.kernels.pad_rows import make_pad_rows
 from kbitc.targets.kernels.qgemm import QgemmSpec, make_qgemm
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
@@ -73,7 +73,7 @@ class IntegerProduct:
         weight = quantized_weight(contraction)
         spec = product_spec(contraction, weight)
         activation = quantize(ctx, contraction, inputs[0], spec)
-        isa = for_dot(ctx.target.dot)
+        isa = isa_of(ctx.target)
         name = f"qgemm_{contraction.kind}"
         func = cached(ctx, (name, repr(spec), isa.name), lambda: make_qgemm(spec, isa, name))
         given = [activation.codes, activation.scales, activation.sums, *weight_parameters(ctx, contraction, weight)]
@@ -103,7 +103,7 @@ class WeightOnlyProduct:
         """One kernel, which dequantizes in registers."""
         weight = quantized_weight(contraction)
         spec = weight_only_spec(contraction, weight)
-        isa = for_dot(ctx.target.dot)
+        isa = isa_of(ctx.target)
         func = cached(ctx, ("wgemm", repr(spec), isa.name), lambda: make_wgemm(spec, isa, "wgemm"))
         given = [inputs[0], *weight_parameters(ctx, contraction, weight)]
         return ctx.call(func, "wgemm", given, [(contraction.out_shape, "float32")])
@@ -134,7 +134,7 @@ class WeightOnlyGroupedConv:
         _, out_height, out_width, _ = contraction.out_shape
         inner = replace(weight_only_spec(contraction, weight), rows=MatmulRows((1,)))
         spec = GroupedSpec(inner, (batch, height, width), (out_height, out_width), contraction.conv)
-        isa = for_dot(ctx.target.dot)
+        isa = isa_of(ctx.target)
         func = cached(ctx, ("grouped_conv", repr(spec), isa.name), lambda: make_grouped_conv(spec, isa, "grouped_conv"))
         given = [inputs[0], *weight_parameters(ctx, contraction, weight)]
         return ctx.call(func, "grouped_conv", given, [(contraction.out_shape, "float32")])

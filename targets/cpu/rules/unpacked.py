@@ -19,7 +19,7 @@ from kbitc.quant.scheme import Granularity
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.cpu.rules.float import depthwise_kernel, product_kernel
 from kbitc.targets.cpu.rules.quantized import bordered, cached, quantized_weight, stored, weight_only_spec
-from kbitc.targets.kernels.isa import for_dot
+from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.unpack import make_unpack, merged
 from kbitc.targets.lower.contraction import Contraction, EmitContext
 from kbitc.targets.target import Target
@@ -74,7 +74,7 @@ def _unpacked(ctx: EmitContext, contraction: Contraction) -> RelaxExpr:
     key = ("unpacked", id(weight))
     if key not in ctx.memo:
         spec = merged(weight_only_spec(contraction, weight))
-        isa = for_dot(ctx.target.dot)
+        isa = isa_of(ctx.target)
         func = cached(ctx, ("unpack", repr(spec), isa.name), lambda: make_unpack(spec, isa, "unpack"))
         given = [ctx.weight(f"{contraction.name}.{part}", array) for part, array in stored(taps_merged(weight))]
         shape = (spec.output_tiles, spec.taps * spec.channels, LANES)

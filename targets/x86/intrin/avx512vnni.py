@@ -19,8 +19,8 @@ class Avx512Vnni(Isa):
     lanes = vpdpbusd.LANES
     registers = 32
     signed = False
-    rows = 6
-    tiles = 2
+    rows = 4
+    tiles = 3
     vector_tiles = 4
 
     def table(self, entries: tuple[int, ...]) -> list[Expr]:

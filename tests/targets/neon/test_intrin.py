@@ -49,7 +49,7 @@ INSTRUCTIONS = (
     _sdot("highest", np.zeros(4, np.int32), np.full(16, -128, np.int8), np.full(16, -128, np.int8)),
     _sdot("wraps", np.full(4, 2**31 - 1, np.int32), np.full(16, 127, np.int8), np.full(16, 127, np.int8)),
     *(_tbl(registers) for registers in (1, 2, 3, 4)),
-    *(_look_up(entries) for entries in (4, 16, 32, 64, 128)),
+    *(_look_up(entries) for entries in (4, 16, 32, 64, 128, 256)),
 )
 
 

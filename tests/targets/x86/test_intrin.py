@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kbitc.targets.target import host_runs, parse_target
-from kbitc.targets.x86.intrin import vpdpbusd, vpmaddwd, vpshufb
+from kbitc.targets.x86.intrin import vpdpbusd, vpermb, vpmaddwd, vpshufb
 from kbitc.targets.x86.intrin.avx2 import Avx2
+from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
 from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
 from tests.support import instructions
 from tests.support.instructions import Instruction
@@ -38,6 +39,24 @@ def _vpshufb(width: int) -> Instruction:
     )
 
 
+def _vpermb() -> Instruction:
+    table, indices = _random(np.uint8, 64), _random(np.uint8, 64)
+    return Instruction("vpermb", (table, indices), vpermb.emit, vpermb.meaning(table, indices))
+
+
+def _vpermi2b() -> Instruction:
+    table, indices = _random(np.uint8, 128), _random(np.uint8, 64)
+    wanted = vpermb.meaning(table, indices)
+    return Instruction("vpermi2b", (table[:64], table[64:], indices), vpermb.emit_two, wanted)
+
+
+def _look_up_any(entries: int) -> Instruction:
+    """Codes below the number of entries after whatever bits lie above them."""
+    isa, table, codes = Avx512Vbmi(), _random(np.uint8, entries), _random(np.uint8, 64)
+    held, wanted = tuple(int(x) for x in table), table[codes.astype(int) % entries]
+    return Instruction(f"any{entries}", (codes,), lambda c: isa.look_up(isa.table(held), c), wanted)
+
+
 def _look_up(isa: Avx2 | Avx512Vnni, entries: int) -> Instruction:
     table = _random(np.uint8, entries)
     codes = RANDOM.integers(0, entries, isa.bytes).astype(np.uint8)
@@ -54,13 +73,14 @@ WIDE = (
     _vpdpbusd("lowest", np.zeros(16, np.int32), np.full(64, 255, np.uint8), np.full(64, -128, np.int8)),
     _vpdpbusd("wraps", np.full(16, 2**31 - 1, np.int32), np.full(64, 255, np.uint8), np.full(64, 127, np.int8)),
     _vpshufb(64),
-    *(_look_up(Avx512Vnni(), entries) for entries in (2, 16, 32, 64, 128)),
+    *(_look_up(Avx512Vnni(), entries) for entries in (2, 16, 32, 64, 128, 256)),
 )
+VBMI = (_vpermb(), _vpermi2b(), *(_look_up_any(entries) for entries in (2, 4, 8, 16, 32, 64, 128, 256)))
 NARROW = (
     _vpmaddwd("random", _random(np.int16, 16), _random(np.int16, 16)),
     _vpmaddwd("levels", np.full(16, 255, np.int16), np.full(16, -128, np.int16)),
     _vpshufb(32),
-    *(_look_up(Avx2(), entries) for entries in (2, 16, 32, 64, 128)),
+    *(_look_up(Avx2(), entries) for entries in (2, 16, 32, 64, 128, 256)),
 )
 
 
@@ -69,12 +89,18 @@ def results(target_name: str) -> dict[str, Any]:
     target = parse_target(target_name)
     if reason := host_runs(target):
         pytest.skip(reason)
-    return instructions.run(WIDE if target_name == "x86:avx512vnni" else NARROW, target)
+    chosen = {"x86:avx512vbmi": VBMI, "x86:avx512vnni": WIDE, "x86:avx2": NARROW}[target_name]
+    return instructions.run(chosen, target)
 
 
 @pytest.mark.parametrize("instruction", WIDE, ids=lambda i: i.name)
 def test_avx512_instruction(instruction: Instruction) -> None:
     np.testing.assert_array_equal(results("x86:avx512vnni")[instruction.name], instruction.wanted)
+
+
+@pytest.mark.parametrize("instruction", VBMI, ids=lambda i: i.name)
+def test_vbmi_instruction(instruction: Instruction) -> None:
+    np.testing.assert_array_equal(results("x86:avx512vbmi")[instruction.name], instruction.wanted)
 
 
 @pytest.mark.parametrize("instruction", NARROW, ids=lambda i: i.name)

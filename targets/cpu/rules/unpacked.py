@@ -8,7 +8,7 @@ weights alone: with few rows their time is the time of reading the weight.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,4 +88,4 @@ def taps_merged(weight: QTensor) -> QTensor:
     if weight.scheme.granularity is Granularity.BLOCK:
         return weight
     codes = np.ascontiguousarray(weight.codes.reshape(n, 1, taps * channels))
-    return QTensor(codes, weight.scales, weight.zero_points, weight.format, weight.scheme)
+    return replace(weight, codes=codes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -96,6 +96,12 @@ class QTensor:
             raise InternalError("block scales are not integers", where=str(self.scheme))
         factors = spread(self.scale_codes().astype(np.int16), self.shape, self.scheme)
         return np.asarray(self.levels() * factors, np.int8)
+
+    def with_plain_scales(self) -> QTensor:
+        """The same weights with scales that are not coded; each is exact in the scheme's scale type."""
+        if self.scale_steps is None:
+            return self
+        return replace(self, scheme=replace(self.scheme, scale_code=ScaleCode.PLAIN), scale_steps=None)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """What the codes stand for, f32 [N, T, C]: one float32 product a weight, as ONNX DequantizeLinear does."""

@@ -54,7 +54,9 @@ def widened(tensor: QTensor) -> QTensor:
     """The same weights with codes of a standard type: levels keep their values, so every weight is the same float.
 
     Uniform codes of 1, 3, 5, 6, 7 bits take the next of 2, 4, 8 bits; other grids need 8 bits for their int8 levels.
+    Scales that are themselves quantized become plain ones.
     """
+    tensor = tensor.with_plain_scales()
     if is_standard(tensor.scheme):
         return tensor
     low, high = min(tensor.format.levels), max(tensor.format.levels)
@@ -64,7 +66,7 @@ def widened(tensor: QTensor) -> QTensor:
     levels = tensor.format.grid.astype(np.int16)
     data_type = Format(family, bits, tuple(range(-half, half)), uniform=True, asymmetric=asymmetric)
     zeros = None if tensor.zero_points is None else (levels[tensor.zero_points] + half).astype(np.uint8)
-    scheme = replace(tensor.scheme, format=family, bits=bits)
+    scheme = replace(tensor.scheme, format=family, bits=bits, variant="")
     return QTensor((levels[tensor.codes] + half).astype(np.uint8), tensor.scales, zeros, data_type, scheme)
 
 

@@ -65,13 +65,33 @@ def test_widened_codes_are_the_same_weights(family: str, bits: int) -> None:
     np.testing.assert_array_equal(wide.dequantize(), tensor.dequantize())
 
 
+@pytest.mark.parametrize(
+    ("scheme", "becomes"),
+    [
+        ("fp4-e2m1:b16", "int8:b16"),
+        ("fp2:c", "int2:c"),
+        ("log2-4:b16", "int8:b16"),
+        ("kmeans3:t", "int8:t"),
+        ("int4:b16/i4", "int4:b16"),
+        ("uint3:b16/i4:f32", "uint4:b16:zp:f32"),
+        ("nf4:b16:dq8", "int8:b16"),
+    ],
+)
+def test_tables_and_coded_scales_become_plain_integers(scheme: str, becomes: str) -> None:
+    weight = np.random.default_rng(0).normal(size=(5, 3, 40)).astype(np.float32)
+    tensor = rtn.solve(weight, QuantScheme.parse(scheme))
+    wide = widened(tensor)
+    assert str(wide.scheme) == becomes
+    np.testing.assert_array_equal(wide.dequantize(), tensor.dequantize())
+
+
 def test_the_next_wider_type_is_taken() -> None:
     weight = np.random.default_rng(0).normal(size=(5, 1, 40)).astype(np.float32)
     found = {bits: widened(rtn.solve(weight, QuantScheme.parse(f"int{bits}:b16"))).bits for bits in range(1, 9)}
     assert found == {1: 2, 2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 
 
-@pytest.mark.parametrize("scheme", ["int2:b32", "int4:b32", "uint4:b16:f32", "int8:c", "uint8:t"])
+@pytest.mark.parametrize("scheme", ["int2:b32", "int4:b32", "uint4:b16:f32", "int8:c", "uint8:t", "int4:b16/i4"])
 def test_qdq_holds_standard_operators_only_and_gives_the_same_numbers(scheme: str, tmp_path: Path) -> None:
     export = _export("qdq", scheme=scheme)
     assert len(export.tensors) == 6
@@ -83,7 +103,7 @@ def test_qdq_holds_standard_operators_only_and_gives_the_same_numbers(scheme: st
     _assert_equal(export, ir.from_proto(proto))
 
 
-@pytest.mark.parametrize("scheme", ["int3:b32", "uint5:b16", "nf4:b64", "int6:c", "int7:b32", "int1:b32"])
+@pytest.mark.parametrize("scheme", ["int3:b32", "uint5:b16", "nf4:b64", "int6:c", "int7:b32", "int1:b32", "fp4:b32"])
 def test_qdq_widens_other_types_on_request_only(scheme: str) -> None:
     with pytest.raises(UnsupportedError, match="nothing would be quantized.*--widen"):
         _export("qdq", scheme=scheme)

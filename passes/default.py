@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbitc.passes.base import GraphPass
 from kbitc.passes.canonicalize.drop_expand import DropExpand
 from kbitc.passes.canonicalize.expand_composite import ExpandComposite
+from kbitc.passes.canonicalize.expand_recurrent import ExpandRecurrent
 from kbitc.passes.canonicalize.finish import InferShapes, NameNodes, RemoveDeadCode, SortNodes
 from kbitc.passes.canonicalize.fold_affine import FoldAffine
 from kbitc.passes.canonicalize.fold_batch_norm import DecomposeBatchNorm
@@ -15,6 +16,7 @@ from kbitc.passes.canonicalize.fuse_hard_swish import FuseHardSwish
 from kbitc.passes.canonicalize.fuse_layer_norm import FuseLayerNorm
 from kbitc.passes.canonicalize.fuse_softmax import FuseSoftmax
 from kbitc.passes.canonicalize.gemm_to_matmul import GemmToMatMul
+from kbitc.passes.canonicalize.if_to_where import IfToWhere
 from kbitc.passes.canonicalize.inline_constant_if import InlineConstantIf
 from kbitc.passes.canonicalize.inline_functions import InlineFunctions
 from kbitc.passes.canonicalize.lift_constants import LiftConstants
@@ -47,6 +49,7 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     FoldShapes(),
     FoldConstants(),
     InlineConstantIf(),
+    ExpandRecurrent(),
     LiftConstants(),
     RemoveIdentity(),
     MergeEqual(),
@@ -61,6 +64,9 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     FoldAffine(),
     RemoveDeadCode(),
 )
+
+#: Run when nothing is left to simplify: conditions that are not constants now never will be.
+CANONICALIZE_CHOOSE: tuple[GraphPass, ...] = (IfToWhere(),)
 
 #: Run once, last.
 CANONICALIZE_FINISH: tuple[GraphPass, ...] = (SortNodes(), NameNodes(), InferShapes())

@@ -143,6 +143,13 @@ LOWERABLE: dict[str, Predicate] = {
     "Unsqueeze": _constant_inputs(1),
 }
 
+_UNROLLED = "its number of steps must be known and at most 128; bind the input shapes with --shape"
+#: Operators that canonicalisation replaces in some forms, and what the others lack.
+_FORMS = {
+    "If": "its condition must be known, or its branches alike and safe; bind inputs with --shape or --constant",
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _UNROLLED),
+}
+
 
 def why_not_lowerable(node: ir.Node) -> str | None:
     """Why the node cannot be lowered, or None when it can."""
@@ -152,7 +159,7 @@ def why_not_lowerable(node: ir.Node) -> str | None:
         return f"operators of domain {node.domain!r} are not known"
     predicate = LOWERABLE.get(node.op_type)
     if predicate is None:
-        return "the operator is not known to the lowering"
+        return _FORMS.get(node.op_type, "the operator is not known to the lowering")
     for value in (*node.inputs, *node.outputs):
         if value is None:
             continue

@@ -26,12 +26,27 @@ class InlineConstantIf:
                 continue
             condition = constant(node.inputs[0])
             if condition is not None and condition.size == 1:
-                _inline(node, "then_branch" if bool(condition.reshape(-1)[0]) else "else_branch")
+                names = (
+                    ("then_branch", "else_branch") if bool(condition.reshape(-1)[0]) else ("else_branch", "then_branch")
+                )
+                _inline(node, *names)
                 modified = True
         return PassResult(model, modified)
 
 
-def _inline(node: ir.Node, branch_name: str) -> None:
+def _inline(node: ir.Node, taken: str, other: str) -> None:
+    results = move_branch(node, taken)
+    for output, result in zip(node.outputs, results, strict=True):
+        if output.shape is not None and result.shape is None:
+            result.shape = output.shape
+        edit.redirect(output, result)
+    for child in node.attributes[other].as_graph().all_nodes():
+        edit.set_inputs(child, ())  # else what only this branch reads would count as read
+    edit.remove(node)
+
+
+def move_branch(node: ir.Node, branch_name: str) -> list[ir.Value]:
+    """Move the nodes and initializers of one branch of an If in front of it; the values that were its results."""
     outer = root_graph(node)
     branch = node.attributes[branch_name].as_graph()
     results = list(branch.outputs)
@@ -46,15 +61,11 @@ def _inline(node: ir.Node, branch_name: str) -> None:
     branch.remove(body)
     taken = edit.used_names(outer)
     for child in body:
-        child.name = f"{node.name or node.outputs[0].name}.{child.name}"
+        child.name = f"{node.name or node.outputs[0].name}.{branch_name[:4]}.{child.name or child.outputs[0].name}"
         for value in child.outputs:
             if value.name and value.name in taken:
                 value.name = edit.fresh_name(outer, f"{node.outputs[0].name}.{value.name}")
             if value.name:
                 taken.add(value.name)
     outer.insert_before(node, body)
-    for output, result in zip(node.outputs, results, strict=True):
-        if output.shape is not None and result.shape is None:
-            result.shape = output.shape
-        edit.redirect(output, result)
-    edit.remove(node)
+    return results

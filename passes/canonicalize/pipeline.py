@@ -19,9 +19,16 @@ def canonicalize(model: ir.Model) -> ir.Model:
         UnsupportedError: an operator in training mode, or a form without equivalent.
     """
     # The list names the passes of this very package, so it can only be read once the package is loaded.
-    from kbitc.passes.default import CANONICALIZE_FINISH, CANONICALIZE_FORM, CANONICALIZE_SIMPLIFY
+    from kbitc.passes.default import (
+        CANONICALIZE_CHOOSE,
+        CANONICALIZE_FINISH,
+        CANONICALIZE_FORM,
+        CANONICALIZE_SIMPLIFY,
+    )
 
     run_once(model, CANONICALIZE_FORM)
     run_until_stable(model, CANONICALIZE_SIMPLIFY)
+    while run_once(model, CANONICALIZE_CHOOSE).modified:
+        run_until_stable(model, CANONICALIZE_SIMPLIFY)
     run_once(model, CANONICALIZE_FINISH)
     return model

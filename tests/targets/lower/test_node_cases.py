@@ -33,6 +33,8 @@ shrink_soft sigmoid sign sin size slice_neg_steps softmax_large_number softplus
 softsign spacetodepth split_variable_parts_2d_opset18 sqrt squeeze_negative_axes sub_bcast sum_example tan tanh
 thresholdedrelu tile top_k_smallest transpose_all_permutations_3 tril_neg triu_one_row unsqueeze_negative_axes
 where_long_example xor_bcast4v4d
+if lstm_with_peepholes lstm_bidirectional lstm_batchwise gru_seq_length gru_with_initial_bias gru_reverse rnn_seq_length
+simple_rnn_bidirectional
 """.split()
 
 

@@ -31,6 +31,7 @@ def compile(
     observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
+    constants: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Any = None,
     min_sqnr: float | None = None,
@@ -56,6 +57,7 @@ def compile(
         observer: what gives the ranges of static activations: a file of passes/observers.
         target: host, x86[:avx2|avx512vnni|avx512vbmi], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
         shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
+        constants: texts such as "sr=16000"; the input leaves the signature and has this value.
         exclude: node or tensor names, globs, or type:Op, whose weights stay float.
         calibration: .npz, .npy or folder, or an iterable of feeds {name: array}.
         min_sqnr: least SQNR in dB against the float model.
@@ -79,9 +81,9 @@ def compile(
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
-        debug_accumulators=debug_accumulators, with_runtime=with_runtime, solver=solver, equalize=equalize,
-        sequential=sequential, **planning,
+        target=target, shapes=shapes, constants=constants, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir,
+        force=force, debug_accumulators=debug_accumulators, with_runtime=with_runtime, solver=solver,
+        equalize=equalize, sequential=sequential, **planning,
     )  # fmt: skip
     return driver.compile_model(model, output, chosen, calibration)
 
@@ -98,6 +100,7 @@ def quantize(
     observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
+    constants: Sequence[str] = (),
     exclude: Sequence[str] = (),
     calibration: Any = None,
     min_sqnr: float | None = None,
@@ -113,8 +116,8 @@ def quantize(
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        target=target, shapes=shapes, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir, force=force,
-        solver=solver, equalize=equalize, sequential=sequential, **planning,
+        target=target, shapes=shapes, constants=constants, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir,
+        force=force, solver=solver, equalize=equalize, sequential=sequential, **planning,
     )  # fmt: skip
     return driver.quantize_model(model, output, chosen, calibration)
 

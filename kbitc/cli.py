@@ -40,6 +40,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--observer", help="Ranges of static activations: minmax, percentile, mse, entropy ..."),
         click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
+        click.option("--constant", "constants", multiple=True, metavar="NAME=16000", help="Fix an input's value."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."

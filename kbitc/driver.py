@@ -161,12 +161,16 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     from kbitc.graph.text import model_text
     from kbitc.importer import load_model
     from kbitc.importer.feeds import sample_feeds
-    from kbitc.importer.signature import parse_shape
+    from kbitc.importer.signature import parse_constant, parse_shape
     from kbitc.passes.canonicalize import canonicalize
 
     trace.dump("00-options.json", options.text)
     with trace.stage("import"):
-        imported = load_model(source, shapes=dict(map(parse_shape, options.shapes)))
+        imported = load_model(
+            source,
+            shapes=dict(map(parse_shape, options.shapes)),
+            constants=dict(map(parse_constant, options.constants)),
+        )
         legality.require(legality.after_import(imported), "import")
         trace.dump("01-import.onnx.txt", lambda: model_text(imported))
     with trace.stage("canonicalise"):

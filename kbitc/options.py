@@ -53,6 +53,7 @@ class CompileOptions:
         observer: what gives the ranges of planned activations.
         target: text form of the target.
         shapes: symbolic dimensions bound by the user, as NAME=1x3x224x224 texts.
+        constants: inputs made constants by the user, as NAME=16000 texts.
         exclude: patterns of weights that stay float.
         min_sqnr: least signal-to-quantization-noise ratio in dB that is accepted.
         dump_dir: folder that receives what each stage leaves.
@@ -75,6 +76,7 @@ class CompileOptions:
     observer: str = DEFAULT_OBSERVER
     target: str = "host"
     shapes: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     min_sqnr: float | None = None
     dump_dir: Path | None = None
@@ -118,6 +120,7 @@ def from_arguments(
     observer: str | None = None,
     target: str = "host",
     shapes: Sequence[str] = (),
+    constants: Sequence[str] = (),
     exclude: Sequence[str] = (),
     min_sqnr: float | None = None,
     dump_dir: str | PathLike[str] | None = None,
@@ -152,6 +155,7 @@ def from_arguments(
         observer=observer or DEFAULT_OBSERVER,
         target=target,
         shapes=tuple(shapes),
+        constants=tuple(constants),
         exclude=tuple(exclude),
         min_sqnr=min_sqnr,
         dump_dir=None if dump_dir is None else Path(dump_dir),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -68,6 +69,12 @@ def read_manifest(folder: Path) -> Manifest:
     if len(data) > MAX_MANIFEST_BYTES:
         raise BundleError(f"{NAME} is too large", where=str(folder), got=f"more than {MAX_MANIFEST_BYTES} bytes")
     return parse_manifest(data, str(folder))
+
+
+def constants_of(folder: Path) -> tuple[str, ...]:
+    """The NAME=NUMBER texts with which inputs of the model were made constants when the bundle was compiled."""
+    options = read_manifest(folder).provenance.get("options")
+    return tuple(map(str, options.get("constants", ()))) if isinstance(options, Mapping) else ()
 
 
 def check_machine(manifest: Manifest, where: str) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy.typing as npt
 
+from kbitc.bundle.reader import constants_of
 from kbitc.bundle.runtime import Model, load
 from kbitc.errors import CalibrationError
 from kbitc.importer.feeds import made_up_feeds, read_feeds
-from kbitc.importer.signature import parse_shape
+from kbitc.importer.signature import parse_constant, parse_shape
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 WARM_UP = 3
@@ -95,11 +96,12 @@ def _engines(
     from kbitc.importer import load_model
 
     bound = {item.name: item.shape for item in model.inputs} | dict(map(parse_shape, shapes))
-    imported = load_model(against, shapes=bound)
+    constants = constants_of(bundle)
+    imported = load_model(against, shapes=bound, constants=dict(map(parse_constant, constants)))
     feeds = read_feeds(inputs, model.inputs) if inputs is not None else made_up_feeds(imported)
     float_build = folder / "float.kbit"
     fixed = [f"{item.name}=" + "x".join(map(str, item.shape)) for item in model.inputs]
-    compile_bundle(against, float_build, scheme="float32", target=model.target_name, shapes=fixed)
+    compile_bundle(against, float_build, scheme="float32", target=model.target_name, shapes=fixed, constants=constants)
     engines[FLOAT_BUILD] = load(float_build, threads=threads)
     engines[ONNXRUNTIME] = Session(imported, threads=threads, optimize=True).run
     return engines, feeds

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kbitc.bundle.reader import constants_of
 from kbitc.bundle.runtime import load
 from kbitc.errors import AccuracyError
 from kbitc.graph.evaluate import Session
 from kbitc.importer import load_model
 from kbitc.importer.feeds import sample_feeds
+from kbitc.importer.signature import parse_constant
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.metrics import compare
 
@@ -25,7 +27,8 @@ def verify_bundle(bundle: Path, model: Path | None, inputs: Path | None, min_sqn
     result: dict[str, Any] = {"bundle": str(bundle), "integrity": "every file has the size and SHA-256 of the manifest"}
     if model is None:
         return result
-    original = canonicalize(load_model(model, shapes={item.name: item.shape for item in loaded.inputs}))
+    shapes = {item.name: item.shape for item in loaded.inputs}
+    original = canonicalize(load_model(model, shapes=shapes, constants=dict(map(parse_constant, constants_of(bundle)))))
     feeds, data = sample_feeds(original, inputs)
     session = Session(original)
     found = compare([session.run(feed) for feed in feeds], [loaded(feed) for feed in feeds])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -18,6 +19,7 @@ from kbitc.importer.files import parse_model, read_model_file
 from kbitc.importer.schema import check_nodes
 from kbitc.importer.signature import (
     Shapes,
+    bind_constants,
     bind_shapes,
     check_signature,
     forget_negative_dims,
@@ -31,7 +33,12 @@ from kbitc.importer.values import check_values
 _TOKEN = "kbitc:"
 
 
-def load_model(model: str | os.PathLike[str] | onnx.ModelProto, *, shapes: Shapes | None = None) -> ir.Model:
+def load_model(
+    model: str | os.PathLike[str] | onnx.ModelProto,
+    *,
+    shapes: Shapes | None = None,
+    constants: Mapping[str, float] | None = None,
+) -> ir.Model:
     """Load an ONNX model and check everything that later stages rely on.
 
     Weights are not copied where they lie in external files: those are mapped.
@@ -39,6 +46,7 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto, *, shapes: Shape
     Args:
         model: path of a `.onnx` file, or a message (which is not changed).
         shapes: dims to bind, by input name: numbers, names of symbols, or None for "as in the model".
+        constants: inputs to make constants, by name: the number that each of their elements is.
 
     Returns:
         The model in its own opset. Initializers are constants even where the file lists them as inputs too; Constant
@@ -48,7 +56,7 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto, *, shapes: Shape
     Raises:
         ModelError: the file is missing, damaged, or breaks ONNX's rules.
         UnsupportedError: a version, type or operator that cannot be compiled.
-        UsageError: `shapes` do not fit the model.
+        UsageError: `shapes` or `constants` do not fit the model.
     """
     if isinstance(model, onnx.ModelProto):
         proto = onnx.ModelProto()
@@ -58,7 +66,7 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto, *, shapes: Shape
         path = Path(model)
         proto = parse_model(read_model_file(path), str(path))
         files = ExternalFiles(path.parent)
-    taken = check_proto(proto, files, shapes or {})
+    taken = check_proto(proto, files, shapes or {}, constants or {})
     result = ir.from_proto(proto)
     _attach(result, taken)
     _drop_constant_inputs(result)
@@ -67,7 +75,9 @@ def load_model(model: str | os.PathLike[str] | onnx.ModelProto, *, shapes: Shape
     return result
 
 
-def check_proto(proto: onnx.ModelProto, files: ExternalFiles, shapes: Shapes) -> dict[str, DetachedTensor]:
+def check_proto(
+    proto: onnx.ModelProto, files: ExternalFiles, shapes: Shapes, constants: Mapping[str, float]
+) -> dict[str, DetachedTensor]:
     """Check a message from the outside in, each check safe on what the ones before let through.
 
     Returns:
@@ -78,6 +88,7 @@ def check_proto(proto: onnx.ModelProto, files: ExternalFiles, shapes: Shapes) ->
     hoist_constants(proto.graph)
     check_functions(proto)
     check_names(proto)
+    bind_constants(proto.graph, constants)
     taken = take_tensors(proto, files)
     check_signature(proto.graph, shapes)
     forget_negative_dims(proto.graph)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import onnx_ir as ir
 
 from kbitc.errors import ModelError, UnsupportedError, UsageError
@@ -21,6 +23,7 @@ Shapes = Mapping[str, Sequence[Dim]]
 _FEEDABLE = frozenset(ir.DataType.from_numpy(np.dtype(kind)) for kind in "efdbhilqBHILQ?")
 _MAX_DIM = (1 << 31) - 1
 _MAX_RANK = 8
+_MAX_CONSTANT = 1024  # elements
 _SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 
 
@@ -52,6 +55,52 @@ def parse_shape(text: str) -> tuple[str, tuple[Dim, ...]]:
                 "--shape: a dim must be a number over 0, a symbol or ?", got=repr(part), remedy=f"in {text!r}"
             )
     return name, tuple(dims)
+
+
+def parse_constant(text: str) -> tuple[str, float]:
+    """`NAME=16000` as name and number. A name may hold `=` itself: the last one divides.
+
+    Raises:
+        UsageError: text of another form.
+    """
+    name, _, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise UsageError("--constant needs NAME=NUMBER", got=repr(text), remedy="for example --constant sr=16000")
+    return name, value
+
+
+def bind_constants(graph: onnx.GraphProto, constants: Mapping[str, float]) -> None:
+    """Make inputs constants that hold one number everywhere. They leave the signature.
+
+    Args:
+        graph: changed in place.
+        constants: number by input name.
+
+    Raises:
+        UsageError: a name that is no input, an input whose shape is open or large, or a number that its type lacks.
+    """
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = {item.name: item for item in graph.input if item.name not in weights}
+    _check_known(constants, list(inputs), "--constant")
+    for name, number in constants.items():
+        tensor = inputs[name].type.tensor_type
+        where = f"input {name}"
+        sizes = [dim.dim_value for dim in tensor.shape.dim]
+        if not tensor.HasField("shape") or any(size <= 0 for size in sizes) or math.prod(sizes) > _MAX_CONSTANT:
+            raise UsageError("--constant is for inputs of a small known shape", where=where, got=sizes)
+        dtype = np.dtype(check_type(tensor.elem_type, where).numpy())
+        with np.errstate(invalid="ignore", over="ignore"):
+            array = np.full(sizes, number).astype(dtype)
+        if not np.all(array == number) and dtype.kind != "f":
+            raise UsageError(
+                "--constant: the input's type lacks this number", where=where, got=f"{number:g} as {dtype}"
+            )
+        graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+        graph.input.remove(inputs[name])
 
 
 def check_signature(graph: onnx.GraphProto, shapes: Shapes) -> None:
@@ -154,12 +203,12 @@ def bind_shapes(graph: onnx.GraphProto, shapes: Shapes) -> None:
                 dim.Clear()
 
 
-def _check_known(shapes: Shapes, names: list[str]) -> None:
-    for name in shapes:
+def _check_known(given: Iterable[str], names: list[str], option: str = "--shape") -> None:
+    for name in given:
         if name not in names:
             close = get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"inputs: {', '.join(names[:20])}"
-            raise UsageError("--shape names an input that the model does not have", got=repr(name), remedy=hint)
+            raise UsageError(f"{option} names an input that the model does not have", got=repr(name), remedy=hint)
 
 
 def _bind_input(item: onnx.ValueInfoProto, dims: Sequence[Dim], symbols: dict[str, Dim]) -> None:

@@ -9,13 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from kbitc.errors import ModelError, UsageError
+from kbitc.errors import KbitcError, ModelError, UsageError
 from kbitc.graph.edit import constant
 from kbitc.graph.evaluate import evaluate
 from kbitc.graph.text import model_text
 from kbitc.importer import load_model
 from kbitc.importer.files import write_model
-from kbitc.importer.signature import parse_shape
+from kbitc.importer.signature import parse_constant, parse_shape
 from tests.support.onnx_text import model, noise, proto
 
 
@@ -155,3 +155,43 @@ def test_weight_given_as_input_needs_no_feed() -> None:
     subject = load_model(message)
     assert [value.name for value in subject.graph.inputs] == ["x"]
     np.testing.assert_array_equal(evaluate(subject, {"x": np.ones(2, np.float32)})["y"], [2, 2])
+
+
+RATED = "g (float[2, S] x, int64 sr) => (float[2, S] y) { f = Cast<to = 1>(sr) \n y = Mul(x, f) }"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("sr=16000", ("sr", 16000.0)), ("a=b=-0.5", ("a=b", -0.5))])
+def test_constant_texts(text: str, wanted: object) -> None:
+    assert parse_constant(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["sr", "=3", "sr=", "sr=1x2", "sr=nan", "sr=inf", ""])
+def test_bad_constant_texts(text: str) -> None:
+    with pytest.raises(UsageError, match="--constant needs NAME=NUMBER"):
+        parse_constant(text)
+
+
+def test_an_input_made_constant_leaves_the_signature() -> None:
+    subject = load_model(proto(RATED), constants={"sr": 3})
+    assert [value.name for value in subject.graph.inputs] == ["x"]
+    assert np.array_equal(evaluate(subject, {"x": np.ones((2, 4), np.float32)})["y"], np.full((2, 4), 3, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        ({"srr": 3.0}, "did you mean 'sr'"),
+        ({"x": 3.0}, "small known shape.*input x"),
+        ({"sr": 0.5}, "0.5 as int64"),
+        ({"sr": 1e30}, "1e.30 as int64"),
+    ],
+)
+def test_constants_that_do_not_fit(constants: dict[str, float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        load_model(proto(RATED), constants=constants)
+
+
+def test_a_sequence_is_no_constant() -> None:
+    message = proto("g (seq(float[2]) x) => (int64 y) { y = SequenceLength(x) }")
+    with pytest.raises(KbitcError):
+        load_model(message, constants={"x": 1})

@@ -192,12 +192,17 @@ def quantize_prepared(
     from kbitc.graph.text import model_text
     from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.accuracy import reference_runs
+    from kbitc.static import plan_static
 
     with trace.stage("quantize"):
         feeds = prepared.feeds if prepared.calibration is not None else ()
         solved = solve_weights(prepared.original, plan, kinds, options.method(bool(feeds)), feeds, trace.on_stage)
-        plan, weights = plan_static(prepared, plan, solved.tensors, account(solved, plan, kinds), options)
-        trace.dump("05-plan.json", plan.text)
+        weights = account(solved, plan, kinds)
+    if options.activation == UINT8:
+        with trace.stage("plan activations"):
+            plan, weights = plan_static(prepared, plan, solved.tensors, weights, options)
+    trace.dump("05-plan.json", plan.text)
+    with trace.stage("rewrite"):
         quantized = rewrite(solved.model, plan, solved.tensors, kinds)
         legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
@@ -289,29 +294,6 @@ def account(solved: Solved, plan: QuantPlan, kinds: dict[str, str]) -> tuple[Wei
         view = np.asarray(ops.to_view(weight.numpy(), kinds[entry.tensor]), np.float32)
         reports.append(weight_report(entry, view, solved.tensors.get(entry.tensor), solved.fits.get(entry.tensor)))
     return tuple(reports)
-
-
-def plan_static(
-    prepared: Prepared, plan: QuantPlan, tensors: dict[str, QTensor], weights: tuple[WeightReport, ...],
-    options: CompileOptions,
-) -> tuple[QuantPlan, tuple[WeightReport, ...]]:  # fmt: skip
-    """Stage 5 for activations, when their codes are asked for; also the account of the weights under that plan.
-
-    Raises:
-        UsageError: there are no calibration data.
-    """
-    from kbitc.importer.feeds import open_batches
-    from kbitc.passes.allocate.activations import plan_activations
-
-    if options.activation != UINT8 or options.scheme is None:
-        return plan, weights
-    if prepared.calibration is None:
-        raise UsageError("--activations static needs samples", remedy="give --calibration DATA, or use dynamic")
-    model = prepared.original
-    batches = open_batches(model, prepared.calibration)
-    planned = plan_activations(model, plan, tensors, batches, observer=options.observer, bits=options.act_bits)
-    entries = {entry.tensor: entry for entry in planned.entries}
-    return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)
 
 
 def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds: dict[str, str]) -> ir.Model:

@@ -156,6 +156,20 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         model.opset_imports[DOMAIN] = 1
 
 
+def rounds_floats(model: ir.Model) -> bool:
+    """Whether a QuantizeLinear depends on float arithmetic, whose last bits may differ between two machines."""
+    tainted: set[ir.Value] = set()
+    for node in model.graph:
+        behind = any(value in tainted for value in node.inputs if value is not None)
+        if node.op_type == "QuantizeLinear" and behind:
+            return True
+        quantizes = node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        computes = any(value is not None and value.dtype == ir.DataType.FLOAT for value in node.inputs)
+        if behind or (computes and not quantizes):
+            tainted.update(node.outputs)
+    return False
+
+
 def without_rounding(model: ir.Model) -> ir.Model | None:
     """A copy in which DynamicQuantize gives back what it takes; None when the model does not quantize at run time.
 

@@ -145,8 +145,9 @@ def _request(item: Any, where: str) -> PlanRequest:
         if key not in known:
             raise UsageError("unknown key in a plan", where=where, got=repr(key), remedy=nearest(str(key), known))
     activation = item.get("activation")
-    if activation not in (None, FLOAT, INT8):
-        raise UsageError("unknown activation in a plan", where=where, got=repr(activation), remedy="int8 or float32")
+    if activation not in (None, FLOAT, INT8, UINT8):
+        remedy = "int8, uint8 or float32"
+        raise UsageError("unknown activation in a plan", where=where, got=repr(activation), remedy=remedy)
     return PlanRequest(item["tensor"], _scheme(item["scheme"], where), activation, _shape(item.get("shape"), where))
 
 

@@ -9,7 +9,7 @@ from math import prod
 import onnx_ir as ir
 
 from kbitc.graph import edit, images, ops
-from kbitc.quant.scheme import Granularity
+from kbitc.quant.scheme import Granularity, ScaleCode
 from kbitc.quant.tensor import QTensor
 
 CONTRACTION, PRODUCT, BIAS = "contraction", "product", "bias"
@@ -117,8 +117,9 @@ def weight_obstacle(tensor: QTensor) -> str | None:
     """Why the levels of a weight cannot be summed in one int32: they need one scale a channel and no zero point."""
     if tensor.zero_points is not None:
         return "its weight has zero points; use a symmetric scheme"
-    if tensor.scheme.granularity is Granularity.BLOCK:
-        return f"its weight has float scales inside a sum; use {tensor.format.name}{tensor.bits}:c"
+    if tensor.scheme.granularity is Granularity.BLOCK and tensor.scheme.scale_code is not ScaleCode.INTEGER:
+        name = f"{tensor.format.name}{tensor.bits}"
+        return f"its weight has float scales inside a sum; use {name}:c or {name}:b32/i4"
     return None
 
 

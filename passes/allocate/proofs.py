@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from kbitc.graph import edit, ops
 from kbitc.passes.allocate import forms
+from kbitc.quant.scheme import ScaleCode
 from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, Proof
 from kbitc.quant.tensor import QTensor, spread
 
@@ -60,7 +61,7 @@ def _contraction(node: ir.Node, codes: Codes, tensors: Mapping[str, QTensor]) ->
     """max over channels of max|code - zero| * sum |level| + |bias|."""
     weight, kind = ops.weight_source(node)
     tensor = tensors[(weight.name if weight is not None else "") or ""]
-    levels = tensor.levels().astype(np.int64)
+    levels = whole_levels(tensor).astype(np.int64)
     terms = levels.shape[1] * levels.shape[2]
     products = span(codes) * np.abs(levels).sum(axis=(1, 2))
     added = np.abs(integer_bias(node, codes, tensor)) if kind else np.zeros(1)
@@ -75,8 +76,17 @@ def _contraction(node: ir.Node, codes: Codes, tensors: Mapping[str, QTensor]) ->
 
 def output_scales(codes: Codes, tensor: QTensor) -> npt.NDArray[np.float64]:
     """Units of x per accumulator step, f64 [N]."""
+    if tensor.scale_steps is not None:
+        return codes.scale * tensor.scale_steps.astype(np.float64)
     scales = spread(tensor.scales, tensor.shape, tensor.scheme)[:, 0, 0].astype(np.float64)
     return codes.scale * np.broadcast_to(scales, (tensor.shape[0],))
+
+
+def whole_levels(tensor: QTensor) -> npt.NDArray[np.int16]:
+    """The integers that are summed, int16 [N, T, C] in the range of int8: levels, times integer block scales."""
+    if tensor.scheme.scale_code is ScaleCode.INTEGER:
+        return tensor.integer_levels().astype(np.int16)
+    return tensor.levels()
 
 
 def integer_bias(node: ir.Node, codes: Codes, tensor: QTensor) -> npt.NDArray[np.float64]:

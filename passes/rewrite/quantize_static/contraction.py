@@ -14,10 +14,14 @@ import onnx_ir as ir
 
 from kbitc.graph import edit, ops
 from kbitc.graph import integer_functions as integer
-from kbitc.passes.allocate.proofs import float_bias, integer_bias, output_scales
+from kbitc.passes.allocate.proofs import float_bias, integer_bias, output_scales, whole_levels
 from kbitc.passes.rewrite.quantize_static.builder import I8, I32, Builder, Sums
 from kbitc.quant.packing import pack_dense
+from kbitc.quant.scheme import ScaleCode
 from kbitc.quant.tensor import QTensor
+
+#: Levels of so many bits are stored as they are.
+WHOLE_BYTES = 8
 
 
 def contraction(builder: Builder, node: ir.Node) -> Sums:
@@ -71,14 +75,18 @@ def _levels(builder: Builder, node: ir.Node, weight: ir.Value, kind: str, tensor
     name = weight.name or ""
     if kind == "embedding":
         kind, shape = "matmul", (shape[1], shape[0])
-    if tensor.bits == 8:
-        held = ops.from_view(tensor.levels().astype(np.int8), kind, shape)
+    if tensor.bits == WHOLE_BYTES:
+        held = ops.from_view(whole_levels(tensor).astype(np.int8), kind, shape)
         return builder.constant(f"{name}.levels", held)
     stream = builder.constant(f"{name}.codes", pack_dense(tensor.codes, tensor.bits))
     grid = builder.constant(f"{name}.grid", tensor.format.grid)
     sizes = builder.constant(f"{name}.shape", np.array(tensor.shape, np.int64))
     view_shape = ir.Shape(tensor.shape)
-    value = builder.emit(node, integer.LEVELS, [stream, grid, sizes], f"{name}.view", I8, view_shape, bits=tensor.bits)
+    op_type, inputs, attrs = integer.LEVELS, [stream, grid, sizes], {"bits": tensor.bits}
+    if tensor.scheme.scale_code is ScaleCode.INTEGER:
+        factors = builder.constant(f"{name}.factors", tensor.scale_codes().astype(np.int8))
+        op_type, inputs, attrs["block"] = integer.BLOCK_LEVELS, [stream, grid, factors, sizes], tensor.block
+    value = builder.emit(node, op_type, inputs, f"{name}.view", I8, view_shape, **attrs)
     n, taps, channels = tensor.shape
     if kind == "conv":
         order = ir.Shape([n, channels, taps])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,16 @@ from kbitc.options import Method
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.solve import solve_weights
 from kbitc.quant.plan import QuantPlan
+from kbitc.static import plan_static
 from kbitc.targets.target import parse_target
 from tests.support.onnx_text import model, noise
 
 Array = npt.NDArray[Any]
+
+
+class Samples(NamedTuple):
+    original: ir.Model
+    calibration: Any
 
 
 @pytest.fixture(autouse=True)
@@ -40,8 +46,8 @@ def quantized(
     wishes = options.from_arguments(**({"bits": 8, "activations": "static"} | chosen))
     plan, kinds = driver.make_plan(original, wishes, parse_target("reference"))
     solved = solve_weights(original, plan, kinds, Method("rtn"))
-    prepared = driver.Prepared(original, feeds, "", feeds, {})
-    plan, _ = driver.plan_static(prepared, plan, solved.tensors, driver.account(solved, plan, kinds), wishes)
+    weights = driver.account(solved, plan, kinds)
+    plan, _ = plan_static(Samples(original, feeds), plan, solved.tensors, weights, wishes)
     made = driver.rewrite(original, plan, solved.tensors, kinds)
     onnx.checker.check_model(ir.to_proto(made), full_check=True)
     assert legality.after_rewrite(made) == []
@@ -155,12 +161,12 @@ def test_codes_keep_to_their_bits(bits: int) -> None:
     assert found["x.q"].max() == found["r.q"].max() == 255, "read by the first and the last layer"
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
-def test_the_accumulator_is_the_exact_integer(bits: int) -> None:
+@pytest.mark.parametrize("scheme", ["int8:c", "int4:c", "nf3:c", "int4:b16/i4", "int8:t"])
+def test_the_accumulator_is_the_exact_integer(scheme: str) -> None:
     """x.q and the levels against an int64 product in numpy."""
     weights = {"w": noise(40, 7), "b": noise(7)}
     graph = "g (float[N, 40] x) => (float[N, 7] y) { m = MatMul(x, w) y = Add(m, b) }"
-    original, made, plan, feeds = quantized(graph, weights, bits=bits)
+    original, made, plan, feeds = quantized(graph, weights, bits=None, scheme=scheme)
     name = next(node.outputs[0].name for node in made.graph if node.op_type == "Add") or ""
     product = next(node for node in made.graph if node.op_type == "MatMulInteger")
     level_name = (product.inputs[1].name if product.inputs[1] is not None else "") or ""
@@ -170,7 +176,7 @@ def test_the_accumulator_is_the_exact_integer(bits: int) -> None:
     levels = found[level_name] if inner else held.const_value.numpy()  # type: ignore[union-attr]
     assert plan.static is not None
     codes = plan.static.codes("x")
-    assert np.abs(levels).max() <= 2 ** (bits - 1)
+    assert levels.dtype == np.int8
     sums = (found["x.q"].astype(np.int64) - codes.zero) @ levels.astype(np.int64)
     difference = found[name] - sums
     assert (difference == difference[:1]).all(), "a bias a channel"
@@ -226,7 +232,7 @@ def test_an_accumulator_that_could_overflow_is_refused() -> None:
 def test_weights_with_block_scales_are_declined_by_name() -> None:
     graph = "g (float[N, 64] x) => (float[] y) { y = MatMul(x, w) }"
     _, made, plan, _ = quantized(graph, {"w": noise(64, 8)}, scheme="int4:b32", bits=None)
-    assert "use int4:c" in reasons(plan) and "MatMulInteger" not in operator_counts(made)
+    assert "use int4:c or int4:b32/i4" in reasons(plan) and "MatMulInteger" not in operator_counts(made)
 
 
 def test_an_excluded_weight_keeps_its_node_float() -> None:
@@ -267,4 +273,4 @@ def test_static_needs_samples_and_sane_numbers() -> None:
     original = canonicalize(model(*between("r = Relu(c)")))
     wishes = options.from_arguments(bits=8, activations="static")
     with pytest.raises(UsageError, match="--calibration"):
-        driver.plan_static(driver.Prepared(original, [], "", None, {}), QuantPlan(()), {}, (), wishes)
+        plan_static(Samples(original, None), QuantPlan(()), {}, (), wishes)

@@ -162,10 +162,10 @@ def test_file_without_machine_code_has_none(tmp_path: Path) -> None:
 
 def test_opcodes_are_counted_by_kernel() -> None:
     listing = (
-        "\t.section\t.text.a_kernel,\"ax\",@progbits\n"
+        '\t.section\t.text.a_kernel,"ax",@progbits\n'
         "        /*0000*/                   LDC R1, c[0x0][0x28] ;\n"
         "        /*0010*/              @!P0 IDP.4A.S8.S8 R1, R2, R3, R4 ;\n"
-        "\t.section\t.text.b_kernel,\"ax\",@progbits\n"
+        '\t.section\t.text.b_kernel,"ax",@progbits\n'
         "        /*0000*/                   EXIT ;\n"
     )
     counts = inspection.count_opcodes(listing)

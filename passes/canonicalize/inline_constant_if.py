@@ -22,7 +22,7 @@ class InlineConstantIf:
         """Apply the pass."""
         modified = False
         for node in all_nodes(model):
-            if not is_op(node, "If") or node.graph is None:
+            if not is_op(node, "If") or node.graph is None or not node.inputs:  # in a branch that was dropped
                 continue
             condition = constant(node.inputs[0])
             if condition is not None and condition.size == 1:

@@ -93,3 +93,12 @@ def test_nested_branches_are_chosen_from_the_inside() -> None:
 def test_a_known_condition_is_inlined() -> None:
     subject = model(PRODUCTS.replace("Greater(s, zero)", "Not(known)"), WEIGHTS | {"known": np.array(True)})
     assert not apply(InlineConstantIf(), subject), "a computed condition is no constant yet"
+
+
+def test_an_if_in_the_dropped_branch_goes_with_it() -> None:
+    inner = (
+        "t = If(known) <then_branch = a () => (float[2, 4] p) { p = Relu(x) }, "
+        "else_branch = b () => (float[2, 4] q) { q = Neg(x) }>"
+    )
+    text = branches(inner, "e = Abs(x)", "flag = Not(known)")
+    assert operators(canonicalize(model(text, NUMBERS | {"known": np.array(True)}))) == {"Abs": 1}

@@ -88,6 +88,10 @@ class Context:
             return source.const_value is not None
         return isinstance(value, Constant) or (isinstance(value, Deferred) and value.constant)
 
+    def is_computed(self, source: ir.Value) -> bool:
+        """Whether a graph value has been emitted and is not known while compiling."""
+        return isinstance(self._values.get(source), Tensor | Lazy)
+
     def is_deferred(self, source: ir.Value | None) -> bool:
         """Whether a graph value waits for somebody to read it."""
         return source is not None and isinstance(self._values.get(source), Deferred)

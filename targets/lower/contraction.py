@@ -15,10 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from kbitc.quant.levels import LevelTensor
     from kbitc.quant.tensor import QTensor
     from kbitc.targets.target import Target
 
 FloatWeight = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int32]
 # A dimension is a Python int or an int64 tvm expression; tvm ships no type stubs.
 Dim = Any
 RelaxExpr = Any
@@ -58,6 +60,26 @@ RELU = PostFunction(low=0.0)
 
 
 @dataclass(frozen=True, eq=False)
+class Requantization:
+    """int32 accumulators -> uint8 codes; the one rounding rule of integer graphs (kbitc::Requantize):
+
+        clip(((int64(acc) * multiplier + 2^(shift - 1)) >> shift) + zero, low, high)        >> floors
+
+    Attributes:
+        multiplier: int32 [1] or [N], 0 or in [2^30, 2^31).
+        shift: int32 [1] or [N], 1..62.
+        zero: zero point of the codes.
+        low, high: range of the codes, inside 0..255.
+    """
+
+    multiplier: IntArray
+    shift: IntArray
+    zero: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, eq=False)
 class Contraction:
     """One product of activations with a weight, or of two activations.
 
@@ -67,38 +89,59 @@ class Contraction:
         embedding: indices int32 or int64 [...] into weight [N, 1, C] -> [..., C]; negative ones count from N.
         batch_matmul: a [..., M, C] by b [..., C, N] -> [..., M, N]; weight is None; leading dims broadcast.
 
+    With activation "uint8" everything is integer: uint8 inputs, LevelTensor weights (uint8 b for batch_matmul), and
+
+        acc[m, n] = bias[n] + sum over (t, c) of (x[row(m, t), c] - x_zero) * w[n, t, c]        int32, cannot overflow
+
+    where a pad counts as x_zero. The result is acc (int32), or its requantization (uint8). Rules give exactly this.
+
     Attributes:
         name: name of the graph node, unique; weights and debug outputs are named after it.
         kind: see above.
-        weight: QTensor or float32 array seen as [N, T, C]; None for batch_matmul.
-        activation: "int8" quantizes the activation at run time (kbitc::DynamicQuantize), "float32" does not.
+        weight: QTensor, LevelTensor or float32 array seen as [N, T, C]; None for batch_matmul.
+        activation: "int8" quantizes the activation at run time (kbitc::DynamicQuantize), "float32" does not;
+            "uint8" are codes of a static graph.
         x_shape: shape of the first input, ints or int64 tvm expressions.
         out_shape: shape of the result.
         activation_block: channels per activation scale when activation is "int8"; 0 is the whole of C.
         conv: geometry when kind is "conv".
-        bias: float32 [N], added after the sum; None for none.
+        bias: float32 [N], added after the sum; int32 [N] when activation is "uint8"; None for none.
         post: clamp after the bias; None for none.
         index_dtype: dtype of the indices when kind is "embedding".
         b_shape: shape of the second input when kind is "batch_matmul".
         transpose_b: the second input of batch_matmul is [..., N, C].
         accumulators_out: also hand the int32 accumulators [*out_shape[:-1], T * CB, N] and the int8 codes (as they
-            lie in memory) to `EmitContext.debug_output` as "<name>.accumulators" and "<name>.codes".
+            lie in memory) to `EmitContext.debug_output` as "<name>.accumulators" and "<name>.codes"; when activation
+            is "uint8", only acc [*out_shape], and only where it is requantized.
+        x_zero: zero point of the first input when activation is "uint8".
+        b_zero: zero point of the second input of such a batch_matmul.
+        requantize: makes the result uint8; only when activation is "uint8". None leaves it int32 there.
     """
 
     name: str
     kind: Literal["matmul", "conv", "embedding", "batch_matmul"]
-    weight: QTensor | FloatWeight | None
-    activation: Literal["float32", "int8"]
+    weight: QTensor | LevelTensor | FloatWeight | None
+    activation: Literal["float32", "int8", "uint8"]
     x_shape: tuple[Dim, ...]
     out_shape: tuple[Dim, ...]
     activation_block: int = 0
     conv: ConvAttributes | None = None
-    bias: FloatWeight | None = None
+    bias: FloatWeight | IntArray | None = None
     post: PostFunction | None = None
     index_dtype: Literal["int32", "int64"] = "int64"
     b_shape: tuple[Dim, ...] | None = None
     transpose_b: bool = False
     accumulators_out: bool = False
+    x_zero: int = 0
+    b_zero: int = 0
+    requantize: Requantization | None = None
+
+    @property
+    def out_dtype(self) -> str:
+        """Type of the result."""
+        if self.activation != "uint8":
+            return "float32"
+        return "int32" if self.requantize is None else "uint8"
 
 
 class EmitContext(Protocol):

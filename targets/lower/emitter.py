@@ -31,6 +31,7 @@ from kbitc.targets.target import Target
 # Failing nodes that one error message names.
 MOST_LISTED = 12
 FOLD_OPSET = 21
+DEBUG_TYPES = (ir.DataType.UINT8, ir.DataType.INT32)
 # Emitted only for readers that are no kernel rules.
 WAITING = {("", "DequantizeLinear"), *((FUNCTION_DOMAIN, name) for name in ("DynamicQuantize", "DequantizeKBit"))}
 
@@ -74,7 +75,8 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     Args:
         model: canonical graph (see `kbitc.graph.legality`); not changed.
         target: whose kernel rules are asked.
-        debug_accumulators: integer contractions also output their accumulators and codes.
+        debug_accumulators: integer contractions also output their accumulators and codes, and every uint8 and int32
+            value that is computed at run time is an output too, under its name in the channels-last graph.
 
     Raises:
         UnsupportedError: names every node that cannot be emitted.
@@ -84,6 +86,8 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     with ctx.builder.function("main"):
         inputs = _bind_inputs(ctx, model.graph)
         _raise(_emit_nodes(ctx, model.graph))
+        if debug_accumulators:
+            _debug_integers(ctx, model.graph)
         outputs = _outputs(ctx, model.graph, inputs)
         extra = list(ctx.debug_outputs.items())
         parameters = [*(pair[1].var for pair in inputs), *ctx.weight_parameters()]
@@ -150,6 +154,14 @@ def _emit_nodes(ctx: Context, graph: ir.Graph) -> list[KbitcError]:
             _fail(ctx, node)
             errors.append(error)
     return errors
+
+
+def _debug_integers(ctx: Context, graph: ir.Graph) -> None:
+    """Make the codes and sums of integer islands outputs; what is fused into a kernel is an output of its rule."""
+    for node in graph:
+        for output in node.outputs:
+            if output.dtype in DEBUG_TYPES and not output.is_graph_output() and ctx.is_computed(output):
+                ctx.debug_output(output.name or "", ctx.var(ctx.get(output), "debug"))
 
 
 def _fail(ctx: Context, node: ir.Node) -> None:

@@ -111,6 +111,18 @@ def _aligned(layout: Layout, node: ir.Node, value: ir.Value | None, size: int) -
     return add_initializer(layout.graph, f"{value.name}.channels_last", moved, value.dtype)
 
 
+def _integer_pair(layout: Layout, node: ir.Node) -> list[ir.Value] | None:
+    """kbitc::IntegerAdd and IntegerMul: two tensors that broadcast, then numbers."""
+    size = rank(node.outputs[0])
+    pair = node.inputs[:2]
+    if size is None or size < 3 or not _enough_twins(layout, pair, size):
+        return None
+    if any(_cannot_align(value, size) for value in pair):
+        return None
+    inputs = [_aligned(layout, node, value, size) for value in pair]
+    return layout.emit(node, node.op_type, [*inputs, *node.inputs[2:]], domain=node.domain)
+
+
 def _axis(default: int) -> Rule:
     """Operators with one `axis` attribute and one data input."""
 
@@ -277,6 +289,7 @@ def _prelu(layout: Layout, node: ir.Node) -> list[ir.Value] | None:
 #: Rewritten wherever they stand.
 SPATIAL_RULES: dict[str, Rule] = {
     "Conv": _spatial("Conv"),
+    "ConvInteger": _spatial("ConvInteger"),
     "ConvTranspose": _spatial("ConvTranspose"),
     "MaxPool": _spatial("MaxPool"),
     "AveragePool": _spatial("AveragePool"),
@@ -290,6 +303,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(UNARY - _NOT_PLAIN, _unary),
     **dict.fromkeys(BROADCAST, _broadcast),
     "kbitc::DynamicQuantize": _dynamic_quantize,
+    "kbitc::Requantize": _axis(1),
+    "kbitc::Table": _unary,
+    "kbitc::IntegerAdd": _integer_pair,
+    "kbitc::IntegerMul": _integer_pair,
     "Softmax": _axis(-1),
     "LogSoftmax": _axis(-1),
     "Hardmax": _axis(-1),

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from kbitc.errors import InternalError
 from kbitc.graph import edit
+from kbitc.quant.levels import LevelTensor
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.lower.context import Context, node_name
 from kbitc.targets.lower.contraction import RELU, Contraction, PostFunction, RelaxExpr
@@ -128,18 +129,24 @@ def offer(ctx: Context, node: ir.Node, contraction: Contraction, inputs: Sequenc
             continue
         ctx.layers.append(_facts(node, contraction, rule.name, declined))
         if ctx.dry:
-            return ctx.placeholder(contraction.out_shape, "float32")
+            return ctx.placeholder(contraction.out_shape, contraction.out_dtype)
         result = rule.emit(ctx, contraction, inputs)
         if result is None:
             raise InternalError("a kernel rule gave no result", where=node_name(node), got=rule.name)
-        return Tensor(result, contraction.out_shape, "float32")
+        return Tensor(result, contraction.out_shape, contraction.out_dtype)
     reasons = "; ".join(f"{item['rule']}: {item['reason']}" for item in declined)
     raise refuse(node, f"no kernel rule of {ctx.target} takes it", got=reasons)
 
 
 def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[dict[str, str]]) -> dict[str, object]:
     weight = contraction.weight
-    scheme = str(weight.scheme) if isinstance(weight, QTensor) else ("float32" if weight is not None else None)
+    scheme = None
+    if weight is not None:
+        scheme = "float32"
+        if isinstance(weight, QTensor):
+            scheme = str(weight.scheme)
+        elif isinstance(weight, LevelTensor):
+            scheme = f"{weight.bits}-bit levels"
     return {
         "name": contraction.name,
         "operator": node.op_type,

@@ -18,6 +18,8 @@ from kbitc.targets.lower.ops import (
     elementwise,
     generate,
     indexing,
+    integer,
+    integer_product,
     movement,
     norm,
     padding,
@@ -34,7 +36,7 @@ FUNCTION_DOMAIN = "kbitc"
 
 FAMILIES = (
     *(elementwise, activation, movement, generate, indexing, contraction, convolution, conv_transpose),
-    *(einsum, reduce, padding, pool, norm, resize, quantized),
+    *(einsum, reduce, padding, pool, norm, resize, quantized, integer, integer_product),
 )
 
 

@@ -28,6 +28,7 @@ from kbitc.targets.lower.contraction import Contraction, Dim, RelaxExpr
 from kbitc.targets.lower.group import Group, TeTensor, compute, named
 from kbitc.targets.lower.ops.indexing import inside
 from kbitc.targets.lower.values import Constant, Expr, Index
+from kbitc.targets.reference.integer import PlainIntegers
 from kbitc.targets.target import Target
 
 LEVEL = 127.0
@@ -141,6 +142,8 @@ class ReferenceContraction:
 
     def emit(self, ctx: Context, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Emit plain loops."""
+        if contraction.activation == "uint8":
+            return PlainIntegers().emit(ctx, contraction, inputs)
         if contraction.kind == "batch_matmul":
             return _batch_matmul(ctx, contraction, inputs)
         if contraction.kind == "embedding":
@@ -216,7 +219,7 @@ def _float_product(ctx: Context, contraction: Contraction, x: RelaxExpr) -> Rela
         raise InternalError("a product without a weight", where=contraction.name)
     n_size, taps, channels = weight.shape
     packed = packed_weight(ctx, contraction) if isinstance(weight, QTensor) else None
-    plain = None if isinstance(weight, QTensor) else ctx.weight(f"{contraction.name}.weight", weight)
+    plain = ctx.weight(f"{contraction.name}.weight", weight) if isinstance(weight, np.ndarray) else None
     rows, finish = Rows(contraction), _finish(contraction, _bias(ctx, contraction))
 
     def build(group: Group) -> list[TeTensor]:
@@ -338,7 +341,7 @@ def _embedding(ctx: Context, contraction: Contraction, where: RelaxExpr) -> Rela
     if weight is None:
         raise InternalError("an embedding without a weight", where=contraction.name)
     packed = packed_weight(ctx, contraction) if isinstance(weight, QTensor) else None
-    plain = None if isinstance(weight, QTensor) else ctx.weight(f"{contraction.name}.weight", weight)
+    plain = ctx.weight(f"{contraction.name}.weight", weight) if isinstance(weight, np.ndarray) else None
     zero = tirx.IntImm("int64", 0)
 
     def build(group: Group) -> list[TeTensor]:

@@ -7,6 +7,8 @@ A group is a prim func made from TE expressions. Its attribute `kbitc.kind` says
 - ``rows``: several stages over the last axis of a matrix [rows, columns], such as softmax and normalisation;
 - ``general``: anything else.
 
+A group with the attribute `kbitc.table` is out[...] = table[code[...]] of bytes; its inputs are code, then table.
+
 Kernels written directly as TIR carry `kbitc.scheduled` and are left alone.
 """
 
@@ -21,6 +23,7 @@ from kbitc.targets.target import Target
 
 SCHEDULED = "kbitc.scheduled"
 KIND = "kbitc.kind"
+BYTE_TABLE = "kbitc.table"
 PrimFunc = Any
 IRModule = Any
 ScheduleRule = Callable[[PrimFunc, Target], PrimFunc | None]

@@ -132,7 +132,9 @@ def _output(name: str, case: Case) -> ValueInfo:
     """What kbitc-run needs to know of an output; unknown dimensions are symbolic."""
     out = case.contraction.out_shape
     if name == case.name:
-        return ValueInfo(name, "float32", tuple(int(d) for d in out))
+        return ValueInfo(name, case.contraction.out_dtype, tuple(int(d) for d in out))
+    if name.endswith(".accumulators") and case.contraction.activation == "uint8":
+        return ValueInfo(name, "int32", tuple(int(d) for d in out))
     if name.endswith(".accumulators"):
         return ValueInfo(name, "int32", (*(int(d) for d in out[:-1]), "blocks" + case.name, int(out[-1])))
     return ValueInfo(name, "int8", tuple(f"{case.name}{i}" for i in range(len(out))))

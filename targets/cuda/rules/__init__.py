@@ -3,7 +3,8 @@
 from kbitc.targets.cuda.rules.floats import FloatProduct, GroupedConvolution, QuantizedEmbedding
 from kbitc.targets.cuda.rules.product import IntegerProduct
 from kbitc.targets.cuda.rules.schedule import SCHEDULE_RULES
+from kbitc.targets.reference.integer import PlainIntegers
 
-RULES = [IntegerProduct(), QuantizedEmbedding(), FloatProduct(), GroupedConvolution()]
+RULES = [PlainIntegers(), IntegerProduct(), QuantizedEmbedding(), FloatProduct(), GroupedConvolution()]
 
 __all__ = ["RULES", "SCHEDULE_RULES"]

@@ -12,7 +12,7 @@ from tvm import te, tirx
 
 from kbitc.graph.quantized import read_activation, read_weight
 from kbitc.quant.tensor import QTensor
-from kbitc.targets.lower import attributes, dims, dtypes, scalar
+from kbitc.targets.lower import attributes, dims, scalar
 from kbitc.targets.lower.broadcast import elementwise, result_shape, stretch
 from kbitc.targets.lower.context import Context
 from kbitc.targets.lower.contraction import Contraction, Dim
@@ -228,30 +228,8 @@ def gather(ctx: Context, node: ir.Node) -> Value:
     return offer(ctx, node, contraction, [ctx.var(where)])
 
 
-def matmul_integer(ctx: Context, node: ir.Node) -> Value:
-    """MatMulInteger: (A - a_zero) @ (B - b_zero) in int32; a_zero a row, b_zero a column."""
-    a, b = (_shifted(ctx, node, index, index + 2, row=index == 0) for index in (0, 1))
-    return product(ctx, node, a, b)
-
-
-def _shifted(ctx: Context, node: ir.Node, index: int, zero_index: int, row: bool) -> Value:
-    x, zero = attributes.value(ctx, node, index), attributes.optional(ctx, node, zero_index)
-    if not dtypes.is_integer(x.dtype):
-        raise refuse(node, "operands must be integers", got=x.dtype, remedy="repair the model")
-    if zero is None:
-        return elementwise(ctx, node, [x], lambda v: tirx.Cast("int32", v), "int32")
-    if row and len(zero.shape) == 1 and not (dims.is_static(zero.shape[0]) and zero.shape[0] == 1):
-        zero = ctx.reshape(zero, (*zero.shape, 1))
-
-    def difference(v: Any, z: Any) -> Any:
-        return tirx.Cast("int32", v) - tirx.Cast("int32", z)
-
-    return elementwise(ctx, node, [x, zero], difference, "int32", 3)
-
-
 TABLE: dict[str, Callable[[Context, ir.Node], Any]] = {
     "MatMul": matmul,
     "Gemm": gemm,
     "Gather": gather,
-    "MatMulInteger": matmul_integer,
 }

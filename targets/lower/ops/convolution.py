@@ -57,7 +57,7 @@ def conv_nhwc(ctx: Context, node: ir.Node) -> Value | None:
 
 def _conv(ctx: Context, node: ir.Node, channels_last: bool) -> Value | None:
     weight: QTensor | FloatArray | None = read_weight(node.inputs[1], "conv")
-    kernel = _kernel(ctx, node)
+    kernel = kernel_of(ctx, node)
     bias = attributes.optional(ctx, node, 2)
     x, block = _activation(ctx, node, weight, channels_last, len(kernel))
     group = node.attributes.get_int("group", 1)
@@ -70,7 +70,7 @@ def _conv(ctx: Context, node: ir.Node, channels_last: bool) -> Value | None:
         return to_channels_last(ctx, result) if channels_last else result
     vector = np.asarray(bias.array, np.float32).reshape(-1) if isinstance(bias, Constant) else None
     last = x if channels_last else to_channels_last(ctx, x)
-    _check_channels(node, last.shape[-1], weight.shape, group)
+    check_channels(node, last.shape[-1], weight.shape, group)
     return _contract(ctx, node, last, weight, kernel, vector, block, channels_last)
 
 
@@ -85,7 +85,8 @@ def _activation(
     return attributes.value(ctx, node, 0), None
 
 
-def _kernel(ctx: Context, node: ir.Node) -> tuple[int, ...]:
+def kernel_of(ctx: Context, node: ir.Node) -> tuple[int, ...]:
+    """The spatial dimensions of the weight."""
     given = node.attributes.get_ints("kernel_shape")
     source = node.inputs[1]
     if given is None and source is not None and source.shape is not None and source.shape.is_static():
@@ -104,7 +105,8 @@ def _float_weight(ctx: Context, node: ir.Node, x: Value, spatial: int) -> FloatA
     return np.asarray(graph_ops.to_view(value.array, "conv"), np.float32)
 
 
-def _check_channels(node: ir.Node, channels: Dim, weight: Sequence[int], group: int) -> None:
+def check_channels(node: ir.Node, channels: Dim, weight: Sequence[int], group: int) -> None:
+    """Refuse a weight [N, T, C] that does not fit the input channels and the groups."""
     if group < 1 or weight[0] % group or (dims.is_static(channels) and channels != weight[2] * group):
         got = f"{channels} input channels, weight {weight[0]} x {weight[2]}, group {group}"
         raise refuse(node, "channels do not fit the weight", got=got, remedy="repair the model")
@@ -140,7 +142,7 @@ def _contract(
         x_shape=tuple(image.shape),
         out_shape=out_shape,
         activation_block=block or 0,
-        conv=_geometry(window, group),
+        conv=geometry(window, group),
         bias=tail.bias,
         post=tail.post,
         accumulators_out=ctx.debug_accumulators and block is not None,
@@ -153,7 +155,7 @@ def _contract(
     return result
 
 
-def _geometry(window: Window, group: int) -> ConvAttributes:
+def geometry(window: Window, group: int) -> ConvAttributes:
     """The two-dimensional form of a window of one or two dimensions."""
     one = len(window.kernel) == 1
     before, after = (tuple(int(pad) for pad in pads) for pads in (window.before, window.after))
@@ -179,7 +181,7 @@ def plain_conv(ctx: Context, node: ir.Node, x: Value, w: Value, bias: Value | No
     """Any convolution as plain loops over channels-first tensors; 16-bit floats are summed in float32."""
     group = node.attributes.get_int("group", 1)
     shape = attributes.static_shape(node, w.shape, "the weight")
-    _check_channels(node, x.shape[1], (shape[0], 1, shape[1]), group)
+    check_channels(node, x.shape[1], (shape[0], 1, shape[1]), group)
     window = read_window(node, x.shape[2:], shape[2:])
     wide = "float32" if x.dtype in ("float16", "bfloat16") else x.dtype
     source, weights = ctx.lazy(ctx.tensor(x)), ctx.lazy(ctx.tensor(w))
@@ -210,23 +212,5 @@ def plain_conv(ctx: Context, node: ir.Node, x: Value, w: Value, bias: Value | No
     return result if wide == x.dtype else elementwise(ctx, node, [result], lambda a: scalar.cast(a, x.dtype), x.dtype)
 
 
-def conv_integer(ctx: Context, node: ir.Node) -> Value:
-    """ConvInteger: (x - x_zero) * (w - w_zero) in int32; padding counts as the zero point."""
-    x, w = attributes.value(ctx, node, 0), attributes.value(ctx, node, 1)
-
-    def shifted(value: Value, zero: Value | None, rank: int) -> Value:
-        if zero is None:
-            return elementwise(ctx, node, [value], lambda v: tirx.Cast("int32", v), "int32")
-        if len(zero.shape) == 1:
-            zero = ctx.reshape(zero, (*zero.shape, *(1 for _ in range(rank - 1))))
-        return elementwise(
-            ctx, node, [value, zero], lambda v, z: tirx.Cast("int32", v) - tirx.Cast("int32", z), "int32", 3
-        )
-
-    left = shifted(x, attributes.optional(ctx, node, 2), 1)
-    right = shifted(w, attributes.optional(ctx, node, 3), len(w.shape))
-    return plain_conv(ctx, node, left, right, None)
-
-
-TABLE: dict[str, Callable[[Context, ir.Node], Any]] = {"Conv": conv, "ConvInteger": conv_integer}
+TABLE: dict[str, Callable[[Context, ir.Node], Any]] = {"Conv": conv}
 CORE_TABLE: dict[str, Callable[[Context, ir.Node], Any]] = {"ConvNHWC": conv_nhwc}

@@ -1,4 +1,4 @@
-"""vpdpbusd zmm (AVX512-VNNI): four products of unsigned by signed bytes, summed into each int32 lane."""
+"""vpdpbusd (AVX512-VNNI): four products of unsigned by signed bytes, summed into each int32 lane of zmm, ymm or xmm."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ Expr = Any
 LANES = 16
 
 
-def emit(sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
-    """int32x16 sums, uint8x64 and int8x64 -> int32x16. LLVM 22 types both byte operands as <64 x i8>."""
-    return tirx.op.call_llvm_pure_intrin(
-        v.vector_type("int32", LANES), "llvm.x86.avx512.vpdpbusd.512", sums, unsigned, signed
-    )
+def emit(sums: Expr, unsigned: Expr, signed: Expr, lanes: int = LANES) -> Expr:
+    """int32x16 sums, uint8x64 and int8x64 -> int32x16, or 8 or 4 lanes. LLVM 22 types the operands as i8."""
+    name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+    return tirx.op.call_llvm_pure_intrin(v.vector_type("int32", lanes), name, sums, unsigned, signed)
 
 
 def meaning(

@@ -1,0 +1,235 @@
+"""Kernel rules for the contractions of integer graphs on x86 and NEON: uint8 codes by constant levels.
+
+The parameters of a weight are `<name>.levels` (packed k-bit codes), `<name>.factors`, `<name>.bias`,
+`<name>.multiplier`, `<name>.shift` and `<name>.addend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kbitc.errors import InternalError
+from kbitc.quant.levels import LevelTensor
+from kbitc.quant.packing import UNIT, pack_codes, pack_per_channel
+from kbitc.targets.cpu.rules.quantized import cached, rows_of
+from kbitc.targets.kernels.byte_border import make_byte_border
+from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot
+from kbitc.targets.kernels.idepthwise import (
+    MOST_TAPS,
+    SLACK,
+    IdepthwiseSpec,
+    exact,
+    make_idepthwise,
+    pack_taps,
+    places,
+)
+from kbitc.targets.kernels.igemm import IgemmSpec, make_igemm
+from kbitc.targets.kernels.isa import for_dot
+from kbitc.targets.kernels.requantize import PARTS, arrays, channel_places, epilogue_of
+from kbitc.targets.kernels.rows import ConvRows
+from kbitc.targets.lower.contraction import Contraction, ConvAttributes, EmitContext
+from kbitc.targets.target import Target
+
+RelaxExpr = Any
+Output = tuple[tuple[Any, ...], str]
+
+
+@dataclass(frozen=True)
+class CodeProduct:
+    """Matrix products and convolutions of any groups: `kernels/igemm.py`."""
+
+    name: str = "code_product"
+
+    def match(self, contraction: Contraction, target: Target) -> str | None:
+        """None for a matmul or conv of uint8 codes by constant levels."""
+        return _levels_only(contraction)
+
+    def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
+        """Give the image its border where it has one, then multiply."""
+        weight, spec = _prepared(contraction)
+        dot, isa = byte_dot(ctx.target.dot), for_dot(ctx.target.dot)
+        name = f"integer_{contraction.kind}"
+        func = cached(ctx, (name, repr(spec), ctx.target.dot), lambda: make_igemm(spec, dot, isa, name))
+        x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
+        given = [x, *_parameters(ctx, contraction, weight, spec, dot)]
+        return call(ctx, contraction, func, name, given)
+
+
+@dataclass(frozen=True)
+class CodeDepthwise:
+    """Depthwise convolutions: `kernels/idepthwise.py`."""
+
+    name: str = "code_depthwise"
+
+    def match(self, contraction: Contraction, target: Target) -> str | None:
+        """None for a conv of uint8 codes whose groups have one input and one output channel each."""
+        reason = _levels_only(contraction)
+        if reason is not None:
+            return reason
+        weight, conv = level_weight(contraction), contraction.conv
+        if conv is None or weight.shape[2] != 1 or conv.group != weight.shape[0]:
+            return "a group has more than one input or output channel"
+        return None if weight.shape[1] <= MOST_TAPS else f"the window has {weight.shape[1]} taps"
+
+    def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
+        """One kernel; the image gets a border first where registers do not cover the channels exactly."""
+        weight, rows, dot = level_weight(contraction), rows_of(contraction), byte_dot(ctx.target.dot)
+        if not isinstance(rows, ConvRows) or contraction.conv is None:
+            raise InternalError("a depthwise product of no image", where=contraction.name)
+        n = weight.shape[0]
+        way = None if contraction.requantize is None else epilogue_of(contraction.requantize)
+        image, conv, flat = contraction.x_shape[:3], contraction.conv, not exact(n, dot)
+        if flat:
+            image, conv = (rows.batch, rows.padded_height, rows.padded_width), replace(conv, pads=(0, 0, 0, 0))
+        spec = IdepthwiseSpec(
+            image, (rows.out_height, rows.out_width), n, conv, contraction.x_zero, flat, way,
+            wants_accumulators(contraction),
+        )  # fmt: skip
+        name = "integer_depthwise"
+        func = cached(ctx, (name, repr(spec), ctx.target.dot), lambda: make_idepthwise(spec, dot, name))
+        runs = places(n, dot)
+        at = np.concatenate([run for run, _ in runs])
+        given = [
+            _bordered(ctx, contraction, inputs[0], SLACK) if flat else inputs[0],
+            ctx.weight(f"{contraction.name}.levels", pack_taps(weight.levels()[:, :, 0], dot)),
+            ctx.weight(f"{contraction.name}.bias", at_places(folded_bias(contraction, dot), at)),
+            *epilogue_parameters(ctx, contraction, runs),
+        ]
+        return call(ctx, contraction, func, name, given)
+
+
+# In order of preference; the reference rule comes after them.
+RULES = (CodeDepthwise(), CodeProduct())
+
+
+def _levels_only(contraction: Contraction) -> str | None:
+    """Why a contraction is not one of codes by constant levels."""
+    if contraction.activation != "uint8":
+        return "the activations are no uint8 codes"
+    if not isinstance(contraction.weight, LevelTensor):
+        return "the second operand is not constant"
+    return None
+
+
+def call(ctx: EmitContext, contraction: Contraction, func: Any, name: str, given: Sequence[RelaxExpr]) -> RelaxExpr:
+    """Call a kernel whose outputs are the result and, where asked for, the accumulators."""
+    outputs: list[Output] = [(contraction.out_shape, contraction.out_dtype)]
+    if not wants_accumulators(contraction):
+        return ctx.call(func, name, given, outputs)
+    result, accumulators = ctx.call(func, name, given, [*outputs, (contraction.out_shape, "int32")])
+    ctx.debug_output(f"{contraction.name}.accumulators", accumulators)
+    return result
+
+
+def wants_accumulators(contraction: Contraction) -> bool:
+    """Whether the accumulators are an output beside the result."""
+    return contraction.accumulators_out and contraction.requantize is not None
+
+
+def level_weight(contraction: Contraction) -> LevelTensor:
+    """The weight of a contraction that a rule here has taken."""
+    if not isinstance(contraction.weight, LevelTensor):
+        raise InternalError("a rule for integer weights was given another", where=contraction.name)
+    return contraction.weight
+
+
+def _prepared(contraction: Contraction) -> tuple[LevelTensor, IgemmSpec]:
+    """The weight as the kernel sees it, and what the kernel computes.
+
+    The taps of a line lie side by side in memory, so a line of taps is one tap of more channels, unless they are
+    dilated, or other groups lie between them, or a factor would not cover whole blocks of a line.
+    """
+    weight, rows = level_weight(contraction), rows_of(contraction)
+    conv = contraction.conv
+    groups = 1 if conv is None else conv.group
+    if weight.factors is not None and weight.block % UNIT:
+        weight = weight.whole_bytes()
+    n, taps, channels = weight.shape
+    pixel = channels * groups
+    if isinstance(rows, ConvRows) and conv is not None:
+        down, across = conv.kernel
+        aligned = weight.factors is None or across == 1
+        if aligned and groups == 1 and conv.dilations[1] == 1:
+            taps, channels = down, across * channels
+            line = ConvAttributes((down, 1), conv.strides, conv.pads, (conv.dilations[0], 1))
+            weight, rows = weight.seen_as((n, taps, channels)), replace(rows, attributes=line)
+    spec = IgemmSpec(
+        rows=rows,
+        pixel=pixel,
+        channels=channels,
+        outputs=n // groups,
+        taps=taps,
+        groups=groups,
+        bits=weight.bits,
+        grid=weight.grid,
+        block=weight.block,
+        epilogue=None if contraction.requantize is None else epilogue_of(contraction.requantize),
+        accumulators=wants_accumulators(contraction),
+        flat=conv is not None and any(conv.pads),
+    )
+    return weight, spec
+
+
+def _parameters(
+    ctx: EmitContext, contraction: Contraction, weight: LevelTensor, spec: IgemmSpec, dot: ByteDot
+) -> list[RelaxExpr]:
+    """Packed levels (stored once for all contractions that share them), bias, factors, requantization."""
+    name, groups = contraction.name, spec.groups
+    key = ("levels", id(contraction.weight), groups, weight.shape)
+    if key not in ctx.memo:
+        split = np.split(weight.codes, groups)
+        packed = np.concatenate([pack_codes(part, weight.bits) for part in split])
+        ctx.memo[key] = (contraction.weight, ctx.weight(f"{name}.levels", packed))
+    given = [ctx.memo[key][1]]
+    places = channel_places(spec.outputs, groups)
+    given.append(ctx.weight(f"{name}.bias", at_places(folded_bias(contraction, dot), places)))
+    if weight.factors is not None:
+        parts = [pack_per_channel(part, spec.outputs) for part in np.split(weight.factors, groups)]
+        given.append(ctx.weight(f"{name}.factors", np.concatenate(parts)))
+    return [*given, *epilogue_parameters(ctx, contraction, [(places, dot)])]
+
+
+def epilogue_parameters(
+    ctx: EmitContext, contraction: Contraction, runs: Sequence[tuple[npt.NDArray[np.int64], ByteDot]]
+) -> list[RelaxExpr]:
+    """The numbers of the requantization, none without one; for runs of places, each with its registers."""
+    if contraction.requantize is None:
+        return []
+    made = [arrays(contraction.requantize, places, dot) for places, dot in runs]
+    return [ctx.weight(f"{contraction.name}.{part}", np.concatenate([run[part] for run in made])) for part in PARTS]
+
+
+def folded_bias(contraction: Contraction, dot: ByteDot) -> npt.NDArray[np.int32]:
+    """bias - (x_zero + dot.offset) * sum of the levels, int32 [N], modulo 2^32 as the accumulator is."""
+    weight = level_weight(contraction)
+    sums = weight.levels().astype(np.int64).sum(axis=(1, 2))
+    bias = np.zeros(weight.shape[0], np.int64) if contraction.bias is None else np.asarray(contraction.bias, np.int64)
+    total = bias - (contraction.x_zero + dot.offset) * sums
+    return np.asarray(total.astype(np.uint32).astype(np.int32), np.int32)
+
+
+def at_places(values: npt.NDArray[np.int32], places: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The value of the channel at each place, 0 in the padding."""
+    return np.where(places < 0, 0, values[np.maximum(places, 0)]).astype(np.int32)
+
+
+def _bordered(ctx: EmitContext, contraction: Contraction, x: RelaxExpr, slack: int = 0) -> RelaxExpr:
+    """The image with its border of zero points, and bytes behind it; once for all its readers."""
+    rows, conv = rows_of(contraction), contraction.conv
+    if not isinstance(rows, ConvRows) or conv is None:
+        raise InternalError("a border of no image", where=contraction.name)
+    channels = contraction.x_shape[-1]
+    key = ("byte border", hash(x), conv.pads, contraction.x_zero, slack)
+    if key not in ctx.memo:
+        lead, padded = contraction.x_shape[:3], (rows.padded_height, rows.padded_width)
+        what = (lead, padded, channels, conv.pads, contraction.x_zero, slack)
+        func = cached(ctx, ("byte_border", repr(what)), lambda: make_byte_border(*what, "byte_border"))
+        size = rows.batch * rows.padded_height * rows.padded_width * channels + slack
+        # The variable is kept so that its hash, its identity in TVM, stays its own.
+        ctx.memo[key] = (x, ctx.call(func, "byte_border", [x], [((size,), "uint8")]))
+    return ctx.memo[key][1]

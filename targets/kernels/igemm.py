@@ -1,0 +1,298 @@
+"""Matrix product and convolution of integer graphs: uint8 codes by packed k-bit levels, no float anywhere.
+
+    acc[m, n] = bias[n] + sum over taps t and channels c of fed(x[row(m, t), c]) * level[n, t, c]      int32
+
+then the result is acc, or its requantization to uint8 (`requantize.py`). The bias carries the zero point of x and
+what the instruction set adds to it (`byte_dot.py`). Pads lie in memory as zero points, so nothing is skipped.
+The accumulators of a register tile stay in registers over the whole reduction. With factors (levels in two levels)
+the sum of every block is multiplied by its factor before it is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape
+from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.byte_dot import ByteDot
+from kbitc.targets.kernels.isa import Feed, Isa, level_bytes
+from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_codes
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.tasks import row_tasks, store_channels
+
+Expr = Any
+Buffer = Any
+Key = tuple[int, int, int]
+WHOLE_BYTES = 8
+MOST_ROWS = 8
+MOST_TILES = 4
+
+
+@dataclass(frozen=True)
+class IgemmSpec:
+    """What a kernel computes, apart from the instruction set.
+
+    Attributes:
+        rows: where the rows (pixels) of the activation lie; a tap is a row further on.
+        pixel: bytes of a row of the activation.
+        channels: codes that one tap of one group reads, one after the other; may be more than a row.
+        outputs: N of one group.
+        taps: T.
+        groups: independent groups; group g reads channels g * channels ..., writes outputs g * N ...
+        bits: k of the packed levels.
+        grid: levels by code; empty with 8 bits, where the bytes are the levels.
+        block: channels of one factor, a multiple of 32; 0 without factors.
+        epilogue: how accumulators become uint8; None leaves them int32.
+        accumulators: also write the accumulators when there is an epilogue.
+        flat: the activation is given as one line of bytes with its border.
+    """
+
+    rows: MatmulRows | ConvRows
+    pixel: int
+    channels: int
+    outputs: int
+    taps: int
+    groups: int = 1
+    bits: int = WHOLE_BYTES
+    grid: tuple[int, ...] = ()
+    block: int = 0
+    epilogue: Epilogue | None = None
+    accumulators: bool = False
+    flat: bool = False
+
+    @property
+    def group_tiles(self) -> int:
+        """16-channel tiles of one group."""
+        return -(-self.outputs // LANES)
+
+    @property
+    def tiles(self) -> int:
+        """16-channel tiles of all groups."""
+        return self.groups * self.group_tiles
+
+    @property
+    def blocks(self) -> int:
+        """Factors of one tap."""
+        return -(-self.channels // self.block)
+
+
+def signed_feed(spec: IgemmSpec) -> tuple[Feed, int]:
+    """How codes become level bytes, and what is added to each byte after that (0: nothing)."""
+    grid = spec.grid
+    if spec.bits == WHOLE_BYTES:
+        return Feed(bias=0), 0
+    step = grid[1] - grid[0]
+    if step in (1, 2) and grid == tuple(grid[0] + step * i for i in range(len(grid))):
+        return Feed(bias=0, shift=step - 1), grid[0]
+    return Feed(bias=0, table=tuple(level % 256 for level in grid)), 0
+
+
+def tile_shape(spec: IgemmSpec, dot: ByteDot) -> tuple[int, int]:
+    """(rows, 16-channel tiles) of the register tile: the one that loads least a dot product.
+
+    Sums and the levels of one step share the registers with what LLVM loads ahead (`dot.ahead`): tiles that leave it
+    no room spill and lose a third of the speed. With factors every sum needs a second register.
+    """
+    copies = 2 if spec.block else 1
+    best, shape = float("inf"), (1, 1)
+    for tiles in range(1, min(MOST_TILES, spec.group_tiles) + 1):
+        if spec.groups > 1 and spec.group_tiles % tiles:
+            continue
+        width = tiles * dot.parts
+        rows = min(MOST_ROWS, (dot.registers - dot.ahead - width * dot.held) // (width * copies))
+        if rows < 1:
+            continue
+        # A last group with fewer tiles computes as long for less.
+        waste = -(-spec.tiles // tiles) * tiles / spec.tiles
+        cost = (1 / rows + 1 / width) * waste
+        if cost < best:
+            best, shape = cost, (rows, tiles)
+    return shape
+
+
+def make_igemm(spec: IgemmSpec, dot: ByteDot, isa: Isa, name: str) -> Any:
+    """The PrimFunc of a specification.
+
+    Arguments in order: x uint8 [*rows, pixel] (flat: one axis), packed uint8 [tiles, T, Cp/32, k, 64],
+    bias int32 [tiles * 16], factors int8 [tiles, T, CB, 16] (if any), multiplier, shift, addend (if any),
+    out uint8 or int32 [*out rows, groups * N], accumulators int32 of that shape (if asked for).
+    """
+    return v.kernel(name, lambda: _Generator(spec, dot, isa).emit())
+
+
+class _Generator:
+    """Emits the statements of one kernel."""
+
+    def __init__(self, spec: IgemmSpec, dot: ByteDot, isa: Isa) -> None:
+        self.spec = spec
+        self.dot = dot
+        self.isa = isa
+        self.feed, self.plus = signed_feed(spec)
+        self.table: list[Expr] | None = None
+
+    def emit(self) -> None:
+        """Arguments, then a task a run of register tiles."""
+        spec, dims = self.spec, v.DimVars()
+        rows = self.rows = spec.rows.with_dims(dims)
+        shape = (v.product((rows.source_rows, spec.pixel)),) if spec.flat else (*rows.source_shape, spec.pixel)
+        x = v.argument("x", shape, "uint8")
+        packed = packed_shape(spec.outputs, spec.taps, spec.channels, spec.bits)
+        self.packed = v.argument("packed", (spec.tiles, *packed[1:]), "uint8")
+        self.bias = v.argument("bias", (spec.tiles * LANES,), "int32")
+        factors = (spec.tiles, spec.taps, spec.blocks, LANES) if spec.block else ()
+        self.factors = v.argument("factors", factors, "int8") if spec.block else None
+        self.numbers = arguments(spec.epilogue, spec.tiles * LANES)
+        kinds = ["int32" if spec.epilogue is None else "uint8", *(["int32"] if spec.accumulators else [])]
+        width = spec.groups * spec.outputs
+        outs = [v.argument(f"out{i}", (*rows.out_shape, width), kind) for i, kind in enumerate(kinds)]
+        with v.root():
+            self.x = v.view(x, (v.product((rows.source_rows, spec.pixel)),), "uint8")
+            self.outs = [
+                (v.view(out, (rows.count, spec.groups, spec.outputs), kind), kind)
+                for out, kind in zip(outs, kinds, strict=True)
+            ]
+            few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
+            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile)
+
+    def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
+        """One register tile from its bias to its results in memory."""
+        spec, lanes = self.spec, self.dot.lanes
+        self.table = None if self.feed.table is None else [v.bind(part) for part in self.isa.table(self.feed.table)]
+        out_rows = [v.bind(row + r) for r in range(rows)]
+        group = v.i64(0) if spec.groups == 1 else v.bind(tirx.truncdiv(first, v.i64(spec.group_tiles)))
+        start = group * spec.channels
+        base = [v.held_index(self.rows.base(m) * spec.pixel + start) for m in out_rows]
+        sums = {(r, i, p): v.register(lanes, "int32") for r in range(rows)
+                for i in range(tiles) for p in range(self.dot.parts)}  # fmt: skip
+        for (_, i, p), held in sums.items():
+            v.put(held, v.load(self.bias, [(first + i) * LANES + p * lanes], lanes), lanes)
+        _Tile(self, first, tiles, sums).taps(base)
+        self._finish(out_rows, group, first, tiles, sums)
+
+    def _finish(self, out_rows: list[Expr], group: Expr, first: Expr, tiles: int, sums: dict[Key, Buffer]) -> None:
+        """Requantize and store; the last tile of a group stores only its real channels."""
+        spec, lanes = self.spec, self.dot.lanes
+        for i in range(tiles):
+            tile = v.bind(first + i)
+            own = tile if spec.groups == 1 else v.bind(tile - group * spec.group_tiles)
+            for p in range(self.dot.parts):
+                way = spec.epilogue
+                made = None if way is None else prepare(way, self.dot, self.numbers, v.bind(tile * LANES + p * lanes))
+                for r, m in enumerate(out_rows):
+                    acc = v.bind(v.get(sums[r, i, p], lanes))
+                    for out, kind in self.outs:
+                        if kind == "int32" or made is None:
+                            store_channels(out, [m, group], own, p, acc, spec.outputs, lanes)
+                        else:
+                            codes = v.bind(v.cast(v.bind(made(acc)), kind, lanes))
+                            store_codes(out, [m, group], own, p, codes, spec.outputs, lanes)
+
+
+class _Tile:
+    """The reduction of one register tile."""
+
+    def __init__(self, generator: _Generator, first: Expr, tiles: int, sums: dict[Key, Buffer]) -> None:
+        self.g = generator
+        self.first = first
+        self.tiles = tiles
+        self.sums = sums
+        self.tap: Expr = v.i64(0)
+        self.source: list[Expr] = []
+
+    def taps(self, base: list[Expr]) -> None:
+        """All taps in order."""
+        spec = self.g.spec
+
+        def one(tap: Expr) -> None:
+            self.tap = tap
+            offset = self.g.rows.tap_offset(tap) * spec.pixel
+            self.source = [v.held_index(b + offset) for b in base] if spec.taps > 1 else base
+            if spec.block:
+                self._blocks()
+            else:
+                self._channels(self.sums, v.i64(0), spec.channels)
+
+        v.loop(spec.taps, one)
+
+    def _blocks(self) -> None:
+        """The blocks of one tap: each summed by itself, then times its factor."""
+        spec = self.g.spec
+        whole, rest = divmod(spec.channels, spec.block)
+        v.loop(whole, lambda b: self._block(b, spec.block))
+        if rest:
+            self._block(v.i64(whole), rest)
+
+    def _block(self, block: Expr, channels: int) -> None:
+        spec, lanes = self.g.spec, self.g.dot.lanes
+        own = {key: v.register(lanes, "int32") for key in self.sums}
+        for held in own.values():
+            v.put(held, v.full(0, "int32", lanes), lanes)
+        self._channels(own, v.bind(block * (spec.block // UNIT)), channels)
+        for i in range(self.tiles):
+            for p in range(self.g.dot.parts):
+                stored = v.load(self.g.factors, [self.first + i, self.tap, block, p * lanes], lanes)
+                factor = v.bind(v.cast(stored, "int32", lanes))
+                for key in [key for key in self.sums if key[1:] == (i, p)]:
+                    v.put(self.sums[key], v.get(self.sums[key], lanes) + v.get(own[key], lanes) * factor, lanes)
+
+    def _channels(self, sums: dict[Key, Buffer], unit: Expr, channels: int) -> None:
+        """Some channels from the start of a unit on."""
+        whole, rest = divmod(channels, UNIT)
+        v.loop(whole, lambda i: self._unit(sums, v.bind(unit + i), UNIT))
+        if rest:
+            self._unit(sums, v.bind(unit + whole), rest)
+
+    def _unit(self, sums: dict[Key, Buffer], unit: Expr, channels: int) -> None:
+        """The first channels of one unit."""
+        g, lanes = self.g, self.g.dot.lanes
+        acc = {key: v.get(held, lanes) for key, held in sums.items()}
+        words = {(i, p): self._words(i, p, unit, channels) for i in range(self.tiles) for p in range(g.dot.parts)}
+        for step in range(-(-channels // GROUP)):
+            count = min(GROUP, channels - step * GROUP)
+            at = v.bind(unit * UNIT + step * GROUP)
+            levels = {key: g.dot.levels(self._bytes(found, step)) for key, found in words.items()}
+            for r, source in enumerate(self.source):
+                codes = g.dot.splat(self._four(source + at, count))
+                for i, p in words:
+                    acc[r, i, p] = v.bind(g.dot.dot(acc[r, i, p], codes, levels[i, p]))
+        for key, held in sums.items():
+            v.put(held, acc[key], lanes)
+
+    def _words(self, i: int, p: int, unit: Expr, channels: int) -> list[Expr]:
+        """The code vectors of one unit and part of a tile; whole bytes only as far as they hold real channels."""
+        g = self.g
+        size = g.dot.bytes
+        bits = g.spec.bits if g.spec.bits < WHOLE_BYTES else min(STEPS, -(-channels // GROUP))
+        place = [self.first + i, self.tap, unit]
+        loads = [v.load(g.packed, [*place, k, p * size], size) for k in range(bits)]
+        # A packed vector serves several steps, a vector of whole bytes one: it is loaded where it is used.
+        return loads if g.spec.bits == WHOLE_BYTES else [v.bind(load) for load in loads]
+
+    def _bytes(self, words: list[Expr], step: int) -> Expr:
+        """The level bytes of one step: uint8 vector."""
+        g = self.g
+        if g.spec.bits == WHOLE_BYTES:
+            return v.bind(words[step])
+        held = [v.reinterpret(word, "uint32", g.dot.lanes) for word in words]
+        fed = level_bytes(g.isa, g.feed, g.table, held, step)
+        return v.bind(fed if not g.plus else fed + v.full(g.plus % 256, "uint8", g.dot.bytes))
+
+    def _four(self, place: Expr, count: int) -> Expr:
+        """Four codes as an int32 scalar. Behind the last channel they are what the dot product takes for 0."""
+        x, dot = self.g.x, self.g.dot
+        if count == GROUP:
+            return v.bind(v.reinterpret(v.load(x, [place], GROUP), "int32", 1))
+        pad = (-dot.offset) % 256
+        word: Expr = tirx.const(_signed(sum(pad << (8 * j) for j in range(count, GROUP))), "int32")
+        for j in range(count):
+            word = word | tirx.shift_left(tirx.Cast("int32", x[place + j]), tirx.const(8 * j, "int32"))
+        return v.bind(word)
+
+
+def _signed(word: int) -> int:
+    """32 bits as a signed number."""
+    return int(np.uint32(word).astype(np.int32))

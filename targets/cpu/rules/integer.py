@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from kbitc.errors import InternalError
 from kbitc.quant.levels import LevelTensor
-from kbitc.quant.packing import UNIT, pack_codes, pack_per_channel
+from kbitc.quant.packing import LANES, UNIT, pack_codes, pack_per_channel
 from kbitc.targets.cpu.rules.quantized import cached, rows_of
 from kbitc.targets.kernels.byte_border import make_byte_border
 from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot
+from kbitc.targets.kernels.ibatch import IbatchSpec, make_ibatch, make_pack
 from kbitc.targets.kernels.idepthwise import (
     MOST_TAPS,
     SLACK,
@@ -103,8 +104,43 @@ class CodeDepthwise:
         return call(ctx, contraction, func, name, given)
 
 
+@dataclass(frozen=True)
+class CodeBatchProduct:
+    """Products of two activations: `kernels/ibatch.py`."""
+
+    name: str = "code_batch_product"
+
+    def match(self, contraction: Contraction, target: Target) -> str | None:
+        """None for a batch_matmul of uint8 codes with one requantization for all."""
+        if contraction.activation != "uint8" or contraction.kind != "batch_matmul":
+            return "it is no product of two operands of uint8 codes"
+        many = contraction.requantize is not None and contraction.requantize.multiplier.size > 1
+        return "its columns have a bias or numbers of their own" if many or contraction.bias is not None else None
+
+    def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
+        """Pack the second operand, then multiply."""
+        dot, b_shape = byte_dot(ctx.target.dot), contraction.b_shape
+        if b_shape is None:
+            raise InternalError("a product of activations without its second shape", where=contraction.name)
+        way = None if contraction.requantize is None else epilogue_of(contraction.requantize)
+        *a_lead, rows, channels = contraction.x_shape
+        spec = IbatchSpec(
+            tuple(a_lead), tuple(b_shape[:-2]), contraction.out_shape[:-2], rows, channels, contraction.out_shape[-1],
+            contraction.transpose_b, contraction.x_zero, contraction.b_zero, way, wants_accumulators(contraction),
+        )  # fmt: skip
+        key = (repr(spec), ctx.target.dot)
+        pack = cached(ctx, ("pack_codes", *key), lambda: make_pack(spec, dot, "pack_codes"))
+        levels, added = spec.packed_shapes()
+        packed = ctx.call(pack, "pack_codes", [inputs[1]], [(levels, "uint8"), (added, "int32")])
+        name = "integer_batch_matmul"
+        func = cached(ctx, (name, *key), lambda: make_ibatch(spec, dot, name))
+        places = np.zeros(LANES, np.int64)
+        given = [inputs[0], *packed, *epilogue_parameters(ctx, contraction, [(places, dot)])]
+        return call(ctx, contraction, func, name, given)
+
+
 # In order of preference; the reference rule comes after them.
-RULES = (CodeDepthwise(), CodeProduct())
+RULES = (CodeDepthwise(), CodeProduct(), CodeBatchProduct())
 
 
 def _levels_only(contraction: Contraction) -> str | None:

@@ -5,7 +5,8 @@
 
 Dettmers & Zettlemoyer (arXiv 2212.09720) compare models and data types at equal total bits, that is all codes and
 scales of the weights; so does the horizontal axis here. Weights are rounded to nearest in blocks, activations are
-float. What kbitc refuses is named and left out. Needs matplotlib: pip install -e ".[plots]"
+float. What is run is the quantized ONNX file, in onnxruntime: data types are compared here, not kernels. What kbitc
+refuses is named and left out. Needs matplotlib: pip install -e ".[plots]"
 
 Writes scaling.csv and scaling.png into examples/accuracy/results.
 """
@@ -48,12 +49,11 @@ def point(name: str, task: Task, reference: Sequence[Any], scheme: str, folder: 
     Raises:
         KbitcError: the compiler refuses the scheme.
     """
-    bundle = folder / "model.kbit"
-    report = kbitc.compile(
-        task.model, bundle, scheme=scheme, activations="float", shapes=task.shapes, force=True
+    model = folder / "quantized.onnx"
+    report = kbitc.quantize(
+        task.model, model, scheme=scheme, activations="float", shapes=task.shapes, force=True
     ).as_json()
-    module = kbitc.load(bundle, threads=1)
-    outputs = [module(dict(feeds)) for feeds in task.batches]
+    outputs = list(stream_onnx(model, task.batches, 1))
     weights = sum(weight["weights"] for weight in report["weights"])
     return {
         "task": name,

@@ -75,11 +75,13 @@ class Task:
 
 
 def stream_onnx(model: Path, batches: Iterable[Feeds], threads: int = 0) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Outputs of an ONNX file in onnxruntime, batch by batch; threads 0: all cores."""
+    """Outputs of an ONNX file in onnxruntime, batch by batch, with float arithmetic; threads 0: all cores."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Else it would round the activations of DequantizeLinear + MatMul to int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     for feeds in batches:

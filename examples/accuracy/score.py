@@ -33,6 +33,7 @@ from tasks import TASKS, Array, Task, percent, stream_onnx
 
 import kbitc
 from kbitc.errors import KbitcError
+from kbitc.options import from_arguments
 
 THREADS = 1
 REFERENCE = "onnxruntime float"
@@ -47,10 +48,13 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W3": {"bits": 3, "activations": "float"},
     "W2": {"bits": 2, "activations": "float"},
     "W4 nf b64": {"scheme": "nf4:b64", "activations": "float"},
+    "W4 fp b64": {"scheme": "fp4:b64", "activations": "float"},
     "W4 int b64": {"scheme": "int4:b64", "activations": "float"},
+    "W3 nf b64": {"scheme": "nf3:b64", "activations": "float"},
+    "W3 int b64": {"scheme": "int3:b64", "activations": "float"},
     "W8A8 dynamic": {"bits": 8, "activations": "dynamic"},
     "W4A8 dynamic": {"bits": 4, "activations": "dynamic"},
-    "W4 mse-clip": {"bits": 4, "activations": "float", "solver": "mse-clip"},
+    "W4 mse_clip": {"bits": 4, "activations": "float", "solver": "mse_clip"},
     "W4 gptq": {"bits": 4, "activations": "float", "solver": "gptq", "calibrated": True},
     "W4 awq": {"bits": 4, "activations": "float", "solver": "awq", "calibrated": True},
     "W4 hqq": {"bits": 4, "activations": "float", "solver": "hqq"},
@@ -68,7 +72,7 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
 
 def unknown_options(options: Mapping[str, Any]) -> list[str]:
     """Options of a row that this kbitc does not have."""
-    known = inspect.signature(kbitc.compile).parameters
+    known = {*inspect.signature(kbitc.compile).parameters, *inspect.signature(from_arguments).parameters}
     return [name for name in options if name not in known and name != "calibrated"]
 
 

@@ -1,7 +1,7 @@
 """Voice activity: is there speech in each 32 ms of a recording, by silero-vad.
 
-The recording is the only one, so part of its time calibrates and the rest is measured; the network, which remembers
-(LSTM), hears all of it in order either way.
+The recording is the only one, so 5 of its 30 s calibrate and the others are measured. The network, which remembers
+(LSTM), hears all of it in order when it is measured; calibrating, it hears the 5 s over and over, to the same length.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def feeds(frames: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]
 
 
 def voice_activity() -> Task:
-    """F1 of the frames outside the calibrated seconds, in percent."""
+    """F1 of the frames outside the calibrated seconds, in percent; AUC in the details."""
     folder = fetch.fetch("data-speech30s")
     frames = read_frames(folder / "sample.wav")
     speech = read_labels(folder / "sample.rttm", len(frames))
@@ -73,7 +73,9 @@ def voice_activity() -> Task:
         return np.stack([output["speech_probs"].reshape(-1)[measured], speech[measured]], axis=1).astype(np.float64)
 
     model = fetch.fetch("silero-vad") / "silero_vad_16k_sequence.onnx"
+    again = np.resize(frames[begin:end], frames.shape)  # repeated until it is as long
     return Task(
-        "voice activity", model, [feeds(frames)], feeds(frames[:100]), rows, f1, "F1 {:.2f} %",
-        calibration=[feeds(frames[begin:end])], details=lambda rows: {"AUC, %": area_under_curve(rows)},
+        "voice activity", model, [feeds(frames)], feeds(frames), rows, f1, "F1 {:.2f} %",
+        (f"input={len(frames)}x{FRAME + CONTEXT}",), [feeds(again)],
+        details=lambda rows: {"AUC, %": area_under_curve(rows)},
     )  # fmt: skip

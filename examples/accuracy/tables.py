@@ -10,7 +10,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS, README = HERE / "results", HERE / "README.md"
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
-ENTITY_ROWS = ("onnxruntime float", "W8", "W4", "W3", "W3 gptq", "W2")  # whose report by type is printed
+ENTITY_ROWS = ("onnxruntime float", "W4", "W4 gptq", "W8A8 static")  # whose report by type is printed
 
 Row = Mapping[str, Any]
 

@@ -17,7 +17,7 @@ def test_measures_know_the_best_and_a_worse_answer() -> None:
 
 @pytest.mark.parametrize("name", ["cls", "rec", "magika", "speech", "minilm"])
 def test_what_calibrates_is_not_measured(name: str, real_models: dict[str, Path]) -> None:
-    """No sample of the calibration is among the measured ones (speech: its one recording is masked, see its test)."""
+    """No sample of the calibration is among the measured ones (of the one recording, frames are left out)."""
     task = tasks.TASKS[name]()
 
     def samples(batches: object) -> set[bytes]:

@@ -12,7 +12,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from kbitc.graph import integer_functions
+from kbitc.graph import integer_functions, integer_nonlinear
 
 DOMAIN = "kbitc"
 DYNAMIC_QUANTIZE = "DynamicQuantize"
@@ -143,7 +143,7 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         names: function names of this domain; those that call others bring them along.
         opset: ONNX operator set version of the bodies.
     """
-    bodies = _BODIES | integer_functions.BODIES
+    bodies = _BODIES | integer_functions.BODIES | integer_nonlinear.BODIES
     wanted = set(names)
     for name in tuple(wanted):
         wanted.update(_CALLS.get(name, ()))

@@ -136,6 +136,7 @@ LOWERABLE: dict[str, Predicate] = {
     "Pad": _pad,
     "RMSNormalization": _always,
     "Resize": _resize,
+    "Scan": _always,
     "Split": _constant_inputs(1),
     "Squeeze": _constant_inputs(1),
     "Tile": _always,

@@ -186,7 +186,7 @@ class Context:
         tensor = self.tensor(value)
         if self.dry:
             return self.placeholder(shape, tensor.dtype)
-        var = self._emit(relax.op.reshape(tensor.var, relax.ShapeExpr([dims.expression(dim) for dim in shape])))
+        var = self.emit(relax.op.reshape(tensor.var, relax.ShapeExpr([dims.expression(dim) for dim in shape])))
         return Tensor(var, shape, tensor.dtype)
 
     def cast_shape(self, value: Value, shape: Sequence[Dim]) -> Value:
@@ -197,6 +197,53 @@ class Context:
         kind = relax.TensorType(tuple(dims.expression(dim) for dim in shape), tensor.dtype)
         var = tensor.var if self.dry else self.builder.match_cast(tensor.var, kind)
         return Tensor(var, tuple(shape), tensor.dtype)
+
+    # Functions besides main
+
+    def inner(self) -> Context:
+        """A context for another function: it sees all values so far, keeps what it makes, and shares the weights."""
+        other = Context(self.target, dry=self.dry)
+        other.builder, other.weights, other.layers = self.builder, self.weights, self.layers
+        other._parameters = self._parameters
+        other.memo, other._symbols = dict(self.memo), dict(self._symbols)
+        other._values, other._constants = dict(self._values), dict(self._constants)
+        return other
+
+    def settle(self, source: ir.Value) -> None:
+        """Write a value to memory that another function will read."""
+        value = self._values.get(source)
+        if isinstance(value, Lazy):
+            self._values[source] = self.tensor(value)
+
+    def emit(self, value: Any) -> RelaxExpr:
+        """The relax variable of a new binding."""
+        return self.builder.emit(value)
+
+    def sequence(self, parameters: Sequence[RelaxExpr], body: Callable[[], RelaxExpr]) -> Any:
+        """The bindings that `body` emits, with its result: the body of a function or a branch."""
+        self.builder.begin_scope(list(parameters))
+        self.builder._begin_binding_block()
+        try:
+            result = body()
+        finally:
+            block = self.builder._end_block()
+            self.builder.end_scope()
+        return relax.SeqExpr([block], result)
+
+    def function(self, name: str, parameters: Sequence[RelaxExpr], body: Any, result: Any) -> Any:
+        """Add a function to the module, with variables of its own; its global variable."""
+        return self.define(self.declare(name, parameters, result), parameters, body, result)
+
+    def declare(self, name: str, parameters: Sequence[RelaxExpr], result: Any) -> Any:
+        """The global variable of a function that is defined later, so that it can call itself."""
+        empty = relax.Function.create_empty(list(parameters), result)
+        return self.builder.add_func(empty, re.sub(r"\W", "_", name))
+
+    def define(self, variable: Any, parameters: Sequence[RelaxExpr], body: Any, result: Any) -> Any:
+        """Give a declared function its body; the same variable."""
+        function = relax.utils.copy_with_new_vars(relax.Function(list(parameters), body, result))
+        self.builder.update_func(variable, function.with_attr("global_symbol", variable.name_hint))
+        return variable
 
     # Kernels
 
@@ -241,13 +288,10 @@ class Context:
     def _call(self, function: PrimFunc, name: str, arguments: list[Any], types: list[Any]) -> list[RelaxExpr]:
         function = function.without_attr("global_symbol")
         found = self.builder.add_func(function, re.sub(r"\W", "_", name) or "kernel")
-        result = self._emit(relax.op.call_tir(found, arguments, types if len(types) > 1 else types[0]))
+        result = self.emit(relax.op.call_tir(found, arguments, types if len(types) > 1 else types[0]))
         if len(types) == 1:
             return [result]
-        return [self._emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
-
-    def _emit(self, value: Any) -> RelaxExpr:
-        return self.builder.emit(value)
+        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
 
     def placeholder(self, shape: Sequence[Dim], dtype: str) -> Tensor:
         """A value without a kernel behind it, for dry runs."""

@@ -115,6 +115,15 @@ def check_lowerable(model: ir.Model, target: Target) -> None:
     _raise(_emit_nodes(ctx, model.graph))
 
 
+def emit_graph(ctx: Context, graph: ir.Graph) -> None:
+    """Emit the nodes of a graph whose inputs are bound.
+
+    Raises:
+        UnsupportedError: names every node that cannot be emitted.
+    """
+    _raise(_emit_nodes(ctx, graph))
+
+
 def _bind_inputs(ctx: Context, graph: ir.Graph) -> list[tuple[str, Tensor]]:
     found = []
     for position, value in enumerate(graph.inputs):

@@ -27,6 +27,7 @@ from kbitc.targets.lower.ops import (
     quantized,
     reduce,
     resize,
+    scan,
 )
 
 Emit = Callable[[Context, ir.Node], Any]
@@ -36,7 +37,7 @@ FUNCTION_DOMAIN = "kbitc"
 
 FAMILIES = (
     *(elementwise, activation, movement, generate, indexing, contraction, convolution, conv_transpose),
-    *(einsum, reduce, padding, pool, norm, resize, quantized, integer, integer_product),
+    *(einsum, reduce, padding, pool, norm, resize, scan, quantized, integer, integer_product),
 )
 
 

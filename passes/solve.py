@@ -56,7 +56,7 @@ def solve_weights(
         feeds: calibration batches; without them the solvers work from the weights alone.
         progress: told what is being done.
     """
-    work = _Work(model.clone(), kinds, method, progress)
+    work = _Work(model, kinds, method, progress)
     nodes = {node.name: node for node in model.graph}
     entries = [entry for entry in plan.quantized() if 0 not in entry.shape]
     schemes = {entry.tensor: entry.scheme for entry in entries}
@@ -64,25 +64,24 @@ def solve_weights(
     rest = [name for name in schemes if name not in {reader.tensor for reader in watched}]
     for name in rest:
         work.solve(name, schemes[name], None)
-    for group, inputs, before in _watch(model, work, watched, feeds):
+    for group, inputs in _watch(work, watched, feeds):
         for reader in group:
             work.solve(reader.tensor, schemes[reader.tensor], inputs.get(reader.tensor))
-            work.correct(reader, inputs.get(reader.tensor), before.get(reader.tensor))
+            work.correct(reader, inputs.get(reader.tensor))
     return Solved(work.model, {name: work.tensors[name] for name in schemes}, work.fits)
 
 
 def _watch(
-    model: ir.Model, work: _Work, watched: Sequence[Reader], feeds: Sequence[Feeds]
-) -> Iterator[tuple[list[Reader], dict[str, InputMoments], dict[str, InputMoments]]]:
-    """Groups of layers with the moments of their inputs, as the layers will see them and in the float model."""
-    parts = PARTS if work.method.sequential else 1
-    groups = in_groups(watched, parts=parts)
+    work: _Work, watched: Sequence[Reader], feeds: Sequence[Feeds]
+) -> Iterator[tuple[list[Reader], dict[str, InputMoments]]]:
+    """Groups of layers with the moments of their inputs: in the float model, or `sequential` as they will be."""
+    sequential = work.method.sequential
+    groups = in_groups(watched, parts=PARTS if sequential else 1)
     for number, group in enumerate(groups, 1):
         work.progress(f"calibrate layers {number} of {len(groups)}")
-        before = moments(model, group, feeds)
-        inputs = moments(work.running(), group, feeds) if work.method.sequential and number > 1 else before
+        inputs = moments(work.running() if sequential else work.original, group, feeds)
         work.progress(f"solve layers {number} of {len(groups)}")
-        yield group, inputs, before
+        yield group, inputs
 
 
 class _Work:
@@ -91,9 +90,10 @@ class _Work:
     def __init__(
         self, model: ir.Model, kinds: Mapping[str, str], method: Method, progress: Callable[[str], None]
     ) -> None:
-        self.model, self.kinds, self.method, self.progress = model, kinds, method, progress
+        self.original, self.model = model, model.clone()
+        self.kinds, self.method, self.progress = kinds, method, progress
         self.solver = catalog.find(SOLVERS, method.solver, "solver")
-        self.nodes = {node.name: node for node in model.graph}
+        self.nodes = {node.name: node for node in self.model.graph}
         self.tensors: dict[str, QTensor] = {}
         self.fits: dict[str, Fit] = {}
 
@@ -114,12 +114,15 @@ class _Work:
             plain, after = sqnr_db(signal, float(old.sum())), sqnr_db(signal, float(new.sum()))
         self.fits[name] = Fit(self.method.solver, plain, after)
 
-    def correct(self, reader: Reader, inputs: InputMoments | None, before: InputMoments | None) -> None:
-        """Correct the bias behind the only node that reads a weight."""
-        wanted = "bias_correction" in self.method.equalizers and len(reader.nodes) == 1
-        if not wanted or inputs is None or before is None:
+    def correct(self, reader: Reader, inputs: InputMoments | None) -> None:
+        """Correct the bias behind the only node that reads a weight.
+
+        Only what this weight's own rounding takes from the mean is given back. What comes in from earlier layers is
+        theirs to correct: layers of one group are watched together and would each correct it once more.
+        """
+        if "bias_correction" not in self.method.equalizers or inputs is None or len(reader.nodes) != 1:
             return
-        amount = bias_correction.shift(self.view(reader.tensor), self.tensors[reader.tensor], before, inputs)
+        amount = bias_correction.shift(self.view(reader.tensor), self.tensors[reader.tensor], inputs)
         if amount.any():
             bias_correction.add_to_bias(self.nodes[reader.nodes[0].name], amount)
 

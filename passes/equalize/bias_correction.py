@@ -24,22 +24,17 @@ from kbitc.quant.tensor import QTensor
 FloatArray = npt.NDArray[np.float32]
 
 
-def shift(weight: FloatArray, tensor: QTensor, before: InputMoments, after: InputMoments) -> FloatArray:
-    """W E[x] - Wq E[xq], what each output channel loses on average, f32 [N].
+def shift(weight: FloatArray, tensor: QTensor, inputs: InputMoments) -> FloatArray:
+    """(W - Wq) E[x], what each output channel loses on average, f32 [N].
 
     Args:
         weight: f32 [N, T, C].
         tensor: its quantized form.
-        before: moments of its inputs x in the float model.
-        after: moments of its inputs xq in the model with quantized layers before it; `before` when that is not known.
+        inputs: moments of what it is multiplied with.
     """
-    rows, groups = weight.shape[0], before.groups
-
-    def mean(values: FloatArray, inputs: InputMoments) -> npt.NDArray[np.float64]:
-        grouped = values.astype(np.float64).reshape(groups, rows // groups, -1)
-        return (grouped @ inputs.mean[:, :, None].astype(np.float64)).reshape(rows)
-
-    return np.asarray(mean(weight, before) - mean(tensor.dequantize(), after), np.float32)
+    rows = weight.shape[0]
+    lost = (weight.astype(np.float64) - tensor.dequantize()).reshape(inputs.groups, rows // inputs.groups, -1)
+    return np.asarray((lost @ inputs.mean[:, :, None].astype(np.float64)).reshape(rows), np.float32)
 
 
 def add_to_bias(node: ir.Node, amount: FloatArray) -> None:

@@ -100,20 +100,27 @@ def importance_of(weight: FloatArray, inputs: InputMoments | None) -> FloatArray
     return per_channel.reshape(weight.shape)
 
 
+def start_fit(first: QTensor) -> Fit:
+    """The blocks of a tensor; their errors are not known yet."""
+    scales = first.scales.reshape(-1, 1)
+    zeros = np.zeros_like(scales)
+    if first.zero_points is not None:
+        zeros = first.format.grid.astype(np.float32)[first.zero_points.reshape(-1, 1)]
+    return Fit(scales, zeros, to_blocks(first.codes, first.scheme), np.full_like(scales, np.inf))
+
+
 def fit_all(weight: FloatArray, importance: FloatArray, first: QTensor) -> QTensor:
     """The best fit of every block, starting from `first`; both arrays f32 [N, T, C]."""
     blocks, weights = to_blocks(weight, first.scheme), to_blocks(importance, first.scheme)
-    codes = to_blocks(first.codes, first.scheme)
-    scales = first.scales.reshape(-1, 1)
-    grid = first.format.grid.astype(np.float32)
-    zeros = np.zeros_like(scales) if first.zero_points is None else grid[first.zero_points.reshape(-1, 1)]
+    begin, grid = start_fit(first), first.format.grid.astype(np.float32)
     size = max(1, CHUNK // blocks.shape[1])
     fits = []
     for start in range(0, len(blocks), size):
         part = slice(start, start + size)
-        error = squared_error(blocks[part], weights[part], scales[part] * (grid[codes[part]] - zeros[part]))
-        begin = Fit(scales[part], zeros[part], codes[part], error)
-        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, begin))
+        scales, zeros, codes = begin.scales[part], begin.zeros[part], begin.codes[part]
+        error = squared_error(blocks[part], weights[part], scales * (grid[codes] - zeros))
+        known = Fit(scales, zeros, codes, error)
+        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known))
     return rebuilt(
         first,
         from_blocks(np.concatenate([fit.codes for fit in fits]), first.shape, first.scheme),
@@ -145,7 +152,7 @@ def fit_blocks(
     low, high = np.minimum(weight.min(1, keepdims=True), 0), np.maximum(weight.max(1, keepdims=True), 0)
     best = start
     for factor in FACTORS:
-        for scales, zeros in _trials(factor * low, factor * high, data_type, scheme):
+        for scales, zeros in trials(factor * low, factor * high, data_type, scheme):
             tried = nearest(weight, importance, scales, zeros, data_type)
             if best is None:
                 best = tried
@@ -163,7 +170,7 @@ def fit_blocks(
     return best
 
 
-def _trials(
+def trials(
     low: FloatArray, high: FloatArray, data_type: Format, scheme: QuantScheme
 ) -> list[tuple[FloatArray, FloatArray]]:
     """Scales and zero levels that just cover low <= 0 to high >= 0."""
@@ -179,8 +186,9 @@ def _trials(
 
 
 def least_squares(
-    weight: FloatArray, importance: FloatArray, levels: FloatArray, scales: FloatArray, scheme: QuantScheme
-) -> FloatArray:
+    weight: FloatArray, importance: FloatArray, levels: FloatArray, scales: FloatArray,
+    scheme: QuantScheme,
+) -> FloatArray:  # fmt: skip
     """The scale that fits given levels best, sum(h w q) / sum(h q^2); the old one where that turns its sign."""
     weighted = importance * levels
     product, square = (weighted * weight).sum(1, keepdims=True), (weighted * levels).sum(1, keepdims=True)

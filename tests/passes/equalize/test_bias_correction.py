@@ -63,7 +63,7 @@ def test_the_mean_of_the_output_comes_back(name: str) -> None:
     tensor = rtn.solve(view, QuantScheme.parse("int2:c"))
     value.const_value = ir.Tensor(np.ascontiguousarray(ops.from_view(tensor.dequantize(), kind, shape)), name="w")
     plain = evaluate(made, feed)["y"]
-    add_to_bias(node, shift(view, tensor, inputs, inputs))
+    add_to_bias(node, shift(view, tensor, inputs))
     after = evaluate(made, feed)["y"]
 
     assert made.graph.outputs[0].name == "y"

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from kbitc import catalog
-from kbitc.passes.solvers import rtn
+from kbitc.passes.solvers import hqq, rtn
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scheme import QuantScheme
 from kbitc.quant.tensor import scale_shape
@@ -38,7 +38,9 @@ def test_never_worse_than_round_to_nearest_on_the_output(name: str, text: str) -
     scheme = QuantScheme.parse(text)
     found = catalog.find("kbitc.passes.solvers", name, "solver").solve(weight, scheme, inputs)
     plain = rtn.solve(weight, scheme)
-    if name == "mse_clip":
+    if name == "hqq":
+        old, new = (float(hqq.norm(weight - each.dequantize()).sum()) for each in (plain, found))
+    elif name == "mse_clip":
         # Its own objective: the diagonal of the second moments.
         power = np.broadcast_to(inputs.power.reshape(1, *weight.shape[1:]), weight.shape)
         old, new = (float((power * (weight - each.dequantize()) ** 2).sum()) for each in (plain, found))

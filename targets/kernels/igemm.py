@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape
+from kbitc.quant.packing import GROUP, LANES, UNIT, packed_shape
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.byte_dot import ByteDot
-from kbitc.targets.kernels.isa import Feed, Isa, level_bytes
+from kbitc.targets.kernels.codes import UnitCodes
+from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_codes
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import row_tasks, store_channels
@@ -250,35 +251,24 @@ class _Tile:
         """The first channels of one unit."""
         g, lanes = self.g, self.g.dot.lanes
         acc = {key: v.get(held, lanes) for key, held in sums.items()}
-        words = {(i, p): self._words(i, p, unit, channels) for i in range(self.tiles) for p in range(g.dot.parts)}
+        bits = g.spec.bits
+        places = [(i, p) for i in range(self.tiles) for p in range(g.dot.parts)]
+        units = {(i, p): unit_codes(g.isa, bits, g.packed, [self.first + i, self.tap, unit], p) for i, p in places}
         for step in range(-(-channels // GROUP)):
             count = min(GROUP, channels - step * GROUP)
             at = v.bind(unit * UNIT + step * GROUP)
-            levels = {key: g.dot.levels(self._bytes(found, step)) for key, found in words.items()}
+            levels = {key: g.dot.levels(self._bytes(found, step)) for key, found in units.items()}
             for r, source in enumerate(self.source):
                 codes = g.dot.splat(self._four(source + at, count))
-                for i, p in words:
+                for i, p in places:
                     acc[r, i, p] = v.bind(g.dot.dot(acc[r, i, p], codes, levels[i, p]))
         for key, held in sums.items():
             v.put(held, acc[key], lanes)
 
-    def _words(self, i: int, p: int, unit: Expr, channels: int) -> list[Expr]:
-        """The code vectors of one unit and part of a tile; whole bytes only as far as they hold real channels."""
-        g = self.g
-        size = g.dot.bytes
-        bits = g.spec.bits if g.spec.bits < WHOLE_BYTES else min(STEPS, -(-channels // GROUP))
-        place = [self.first + i, self.tap, unit]
-        loads = [v.load(g.packed, [*place, k, p * size], size) for k in range(bits)]
-        # A packed vector serves several steps, a vector of whole bytes one: it is loaded where it is used.
-        return loads if g.spec.bits == WHOLE_BYTES else [v.bind(load) for load in loads]
-
-    def _bytes(self, words: list[Expr], step: int) -> Expr:
+    def _bytes(self, unit: UnitCodes, step: int) -> Expr:
         """The level bytes of one step: uint8 vector."""
         g = self.g
-        if g.spec.bits == WHOLE_BYTES:
-            return v.bind(words[step])
-        held = [v.reinterpret(word, "uint32", g.dot.lanes) for word in words]
-        fed = level_bytes(g.isa, g.feed, g.table, held, step)
+        fed = level_bytes(g.isa, g.feed, g.table, unit, step)
         return v.bind(fed if not g.plus else fed + v.full(g.plus % 256, "uint8", g.dot.bytes))
 
     def _four(self, place: Expr, count: int) -> Expr:

@@ -15,4 +15,4 @@ def byte_table(function: PrimFunc, target: Target) -> PrimFunc | None:
     """A group marked `kbitc.table`, whose arguments are codes, table, out."""
     if function.attrs is None or BYTE_TABLE not in function.attrs or len(function.params) != 3:
         return None
-    return make_byte_table(list(function.params[0].ty.shape), target.dot, "byte_table")
+    return make_byte_table(list(function.params[0].ty.shape), target, "byte_table")

@@ -30,7 +30,7 @@ from kbitc.targets.kernels.idepthwise import (
     places,
 )
 from kbitc.targets.kernels.igemm import IgemmSpec, make_igemm
-from kbitc.targets.kernels.isa import for_dot
+from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.requantize import PARTS, arrays, channel_places, epilogue_of
 from kbitc.targets.kernels.rows import ConvRows
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes, EmitContext
@@ -53,9 +53,9 @@ class CodeProduct:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Give the image its border where it has one, then multiply."""
         weight, spec = _prepared(contraction)
-        dot, isa = byte_dot(ctx.target.dot), for_dot(ctx.target.dot)
+        dot, isa = byte_dot(ctx.target.dot), isa_of(ctx.target)
         name = f"integer_{contraction.kind}"
-        func = cached(ctx, (name, repr(spec), ctx.target.dot), lambda: make_igemm(spec, dot, isa, name))
+        func = cached(ctx, (name, repr(spec), isa.name), lambda: make_igemm(spec, dot, isa, name))
         x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
         given = [x, *_parameters(ctx, contraction, weight, spec, dot)]
         return call(ctx, contraction, func, name, given)

@@ -33,7 +33,8 @@ def product(
         "b", "batch_matmul", None, "uint8", (*a_lead, rows, channels),
         (*np.broadcast_shapes(a_lead, b_lead), rows, columns), transpose_b=swapped,
         b_shape=(*b_lead, columns, channels) if swapped else (*b_lead, channels, columns),
-        x_zero=zeros[0], b_zero=zeros[1], requantize=numbers if requantized else None, accumulators_out=accumulators_out,
+        x_zero=zeros[0], b_zero=zeros[1], requantize=numbers if requantized else None,
+        accumulators_out=accumulators_out,
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@
     python examples/accuracy/score.py --table                  only the tables of README.md
 
 A row of OPTIONS is the arguments of kbitc.compile. A finished row is kept in results/TASK.json as long as the model and
-the samples are the same. What kbitc refuses is kept with its reason and tried again the next time.
+the samples are the same. What kbitc refuses to compile is run as the quantized ONNX file in onnxruntime, which is the
+file's meaning; that it was so, or why there is no row at all, is kept with the reason, and tried again the next time.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import tables
 from tasks import TASKS, Array, Task, percent, stream_onnx
 
 import kbitc
-from kbitc.errors import KbitcError
+from kbitc.errors import KbitcError, UnsupportedError
 from kbitc.options import from_arguments
 
 THREADS = 1
@@ -117,27 +118,37 @@ def judge(task: Task, rows: Array, reference: Array) -> dict[str, Any]:
     }
 
 
-def compile_and_run(task: Task, options: Mapping[str, Any], folder: Path) -> tuple[Array, dict[str, Any]]:
+def compile_and_run(task: Task, arguments: Mapping[str, Any], folder: Path) -> tuple[Array, dict[str, Any]]:
     """Rows of the compiled model, and what the compilation cost.
 
     Raises:
         KbitcError: the compiler refuses.
     """
-    arguments = {name: value for name, value in options.items() if name != "calibrated"}
-    if options.get("calibrated"):
-        arguments["calibration"] = task.calibration
+    bundle = folder / "model.kbit"
     start = time.perf_counter()
-    report = kbitc.compile(task.model, folder / "model.kbit", shapes=task.shapes, force=True, **arguments)
+    report = kbitc.compile(task.model, bundle, shapes=task.shapes, force=True, **arguments)
     built = time.perf_counter()
-    module = kbitc.load(folder / "model.kbit", threads=THREADS)
+    module = kbitc.load(bundle, threads=THREADS)
     rows = task.rows(module(dict(feeds)) for feeds in task.batches)
     return rows, {
         "bits_per_weight": report.as_json()["bits_per_weight"],
-        "weight_bytes": (folder / "model.kbit" / "weights.safetensors").stat().st_size,
+        "weight_bytes": (bundle / "weights.safetensors").stat().st_size,
         "target": report.target,
         "compile_seconds": round(built - start, 1),
         "run_seconds": round(time.perf_counter() - built, 1),
     }
+
+
+def quantize_and_run(task: Task, arguments: Mapping[str, Any], folder: Path) -> tuple[Array, dict[str, Any]]:
+    """Rows of the quantized ONNX file in onnxruntime.
+
+    Raises:
+        KbitcError: the model cannot be quantized so either.
+    """
+    path = folder / "model.onnx"
+    report = kbitc.quantize(task.model, path, shapes=task.shapes, force=True, **arguments)
+    rows = task.rows(stream_onnx(path, task.batches, THREADS))
+    return rows, {"bits_per_weight": report.as_json()["bits_per_weight"]}
 
 
 def make_row(task: Task, name: str, reference: Array, folder: Path) -> dict[str, Any]:
@@ -148,11 +159,19 @@ def make_row(task: Task, name: str, reference: Array, folder: Path) -> dict[str,
     unknown = unknown_options(options)
     if unknown:
         return {"options": options, "refused": f"this build of kbitc has no option {', '.join(unknown)}"}
+    arguments = {name: value for name, value in options.items() if name != "calibrated"}
+    if options.get("calibrated"):
+        arguments["calibration"] = task.calibration
+    made: dict[str, Any] = {"options": options}
     try:
-        rows, facts = compile_and_run(task, options, folder)
+        try:
+            rows, facts = compile_and_run(task, arguments, folder)
+        except UnsupportedError as error:
+            made["refused"] = str(error)
+            rows, facts = quantize_and_run(task, arguments, folder)
     except KbitcError as error:
-        return {"options": options, "refused": str(error)}
-    return {"options": options, **facts, **judge(task, rows, reference)}
+        return {**made, "refused": str(error)}
+    return {**made, **facts, **judge(task, rows, reference)}
 
 
 def is_finished(row: Mapping[str, Any] | None, name: str, mark: str) -> bool:

@@ -12,15 +12,23 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 BEGIN, END = "<!-- results begin -->", "<!-- results end -->"
 ENTITY_ROWS = ("onnxruntime float", "W4", "W4 gptq", "W8A8 static")  # whose report by type is printed
 
+LONGEST_REASON = 120  # characters
+
 Row = Mapping[str, Any]
 
 
 def summary(row: Row, words: str) -> str:
     """One line for the terminal."""
-    if "refused" in row:
+    if "score" not in row:
         return f"refused: {row['refused']}"
     low, high = row["interval"]
     return f"{words.format(row['score'])} [{low:.2f}, {high:.2f}], lost {row['lost']:.3f}"
+
+
+def shortened(reason: str) -> str:
+    """The beginning of a refusal, in a form that a table takes."""
+    text = reason.replace("|", "/")
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + " …"
 
 
 def numbers(value: float, interval: tuple[float, float]) -> str:
@@ -43,15 +51,17 @@ def task_table(content: Mapping[str, Any]) -> list[str]:
         "|---|---:|---:|---:|---:|---|",
     ]
     for name, row in rows.items():
-        if "refused" in row:
-            reason = row["refused"].replace("|", "/")
-            lines.append(f"| {name} | | | | | refused: {reason} |")
+        refusal = f"not compiled: {shortened(row['refused'])}" if "refused" in row else ""
+        if "score" not in row:
+            lines.append(f"| {name} | | | | | {refusal} |")
             continue
         bits = f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else "32"
-        size = row.get("weight_bytes", row.get("model_bytes", 0)) / 1e6
-        further = ", ".join(f"{key} {value:.2f}" for key, value in row["details"].items() if isinstance(value, float))
+        size = row.get("weight_bytes", row.get("model_bytes"))
+        notes = [f"{key} {value:.2f}" for key, value in row["details"].items() if isinstance(value, float)]
+        notes += [f"in onnxruntime; {refusal}"] if refusal else []
+        megabytes = f"{size / 1e6:.2f}" if size else ""
         score, loss = numbers(row["score"], row["interval"]), numbers(row["lost"], row["lost_interval"])
-        lines.append(f"| {name} | {score} | {loss} | {bits} | {size:.2f} | {further} |")
+        lines.append(f"| {name} | {score} | {loss} | {bits} | {megabytes} | {', '.join(notes)} |")
     return [*lines, ""]
 
 
@@ -80,7 +90,7 @@ def summary_table(contents: list[Mapping[str, Any]]) -> list[str]:
         for content in contents:
             row = content["rows"].get(name, {})
             form = "{:.3f}" if content["in_factors"] else "{:+.2f}"
-            cells.append(form.format(row["lost"]) if "lost" in row else "refused" if "refused" in row else "")
+            cells.append(form.format(row["lost"]) if "lost" in row else "refused" if row else "")
         if any(cell not in ("", "refused") for cell in cells):
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, ""]

@@ -14,6 +14,8 @@ import tables
 from onnx import helper, numpy_helper
 from tasks import Task, percent
 
+from kbitc.errors import UnsupportedError
+
 ROWS = {
     score.REFERENCE: None,
     "W8": {"bits": 8, "activations": "float"},
@@ -65,6 +67,15 @@ def test_rows_are_compiled_and_judged_and_refusals_say_why(run: Any) -> None:
     assert rows["W8"]["bits_per_weight"] == 8.5, "8 bits and a 16-bit scale for 32 weights"
     assert rows["newer"]["refused"] == "this build of kbitc has no option flux"
     assert "--bits is a whole number from 1 to 8" in rows["wrong"]["refused"]
+
+
+def test_what_cannot_be_compiled_is_run_in_onnxruntime_and_says_so(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UnsupportedError("no such kernel", where="sum")
+
+    monkeypatch.setattr(score.kbitc, "compile", refuse)
+    row = run()["W8"]
+    assert row["score"] == 100.0 and "no such kernel" in row["refused"] and "weight_bytes" not in row
 
 
 def test_what_is_finished_is_kept_until_the_samples_change(
@@ -127,5 +138,5 @@ def test_tables_show_every_row_and_stand_between_the_marks(run: Any, tmp_path: P
         text.startswith(f"before\n{tables.BEGIN}\n") and text.endswith(f"{tables.END}\nafter\n") and "old" not in text
     )
     assert "| W8 | 100.00 [91.24, 100.00] | 0.00 [0.00, 0.00] | 8.50 |" in text
-    assert "| newer | | | | | refused: this build of kbitc has no option flux |" in text
+    assert "| newer | | | | | not compiled: this build of kbitc has no option flux |" in text
     assert "| W8 | +0.00 |" in text

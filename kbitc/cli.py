@@ -192,6 +192,40 @@ def inspect(path: Path, plan: Path | None, write_plan: Path | None, as_json: boo
     show.emit(result, as_json, lambda: show.inspect(result))
 
 
+@cli.command(short_help="Measure where accuracy goes, layer by layer.")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, report.html.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them.")
+@click.option("--bits", type=int, help="Bits of a weight, 1 to 8.  [default: 4]")
+@click.option("--scheme", help="Exact scheme: int4:b32, uint3:b64:zp, nf4:b64, int8:c.")
+@click.option("--block", type=int, help="Weights per scale along the reduction axis.  [default: 32]")
+@click.option("--activations", default="dynamic", show_default=True, help="float, or dynamic (int8 at run time).")
+@click.option("--target", default="host", show_default=True, help="See `kbitc targets`.")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op.")
+@click.option("--plan", type=click.Path(path_type=Path), metavar="FILE", help="Analyse this plan.")
+@click.option("--write-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the suggested plan.")
+@click.option("--estimate", is_flag=True, help="Estimate sensitivities to second order: quicker for many layers.")
+@click.option("--force", is_flag=True, help="Replace existing outputs.")
+@_json
+def analyze(
+    model: Path, output: Path, calibration: Path | None, estimate: bool, write_plan: Path | None, as_json: bool,
+    **arguments: Any,
+) -> None:  # fmt: skip
+    """Write one HTML page about the quantization of MODEL, and its data as JSON beside it."""
+    from kbitc import options
+    from kbitc.commands import analyze as command
+    from kbitc.commands import show
+    from kbitc.trace import Trace
+
+    chosen = options.from_arguments(**arguments)
+    command.check_outputs(output, write_plan, chosen.force)
+    with show.progress(quiet=as_json) as on_stage:
+        result = command.analyze_model(model, calibration, chosen, Trace(on_stage=on_stage), estimate=estimate)
+    command.write_analysis(result, output, write_plan)
+    show.emit(result, as_json, lambda: show.analyze(result, output))
+
+
 @cli.command(short_help="Show what this machine can compile for and run.")
 @_json
 def targets(as_json: bool) -> None:

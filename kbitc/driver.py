@@ -304,19 +304,23 @@ def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds
     from kbitc.passes.rewrite.quantize_weights import quantize_weights
 
     copy = model.clone()
-    blocks = {
-        node: tensors[entry.tensor].block
-        for entry in plan.quantized()
-        if entry.activation == INT8
-        for node in entry.nodes
-    }
-    needed = quantize_activations(copy, blocks)
+    needed = quantize_activations(copy, activation_blocks(plan, tensors))
     if plan.static is not None:
         needed += quantize_static(copy, plan.static, tensors)
     tensors = {name: tensor for name, tensor in tensors.items() if name in copy.graph.initializers}
     needed += quantize_weights(copy, tensors, kinds)
     add_functions(copy, needed, copy.graph.opset_imports[""])
     return copy
+
+
+def activation_blocks(plan: QuantPlan, tensors: dict[str, QTensor]) -> dict[str, int]:
+    """Node -> elements that share a scale of its run-time quantized activation."""
+    return {
+        node: tensors[entry.tensor].block
+        for entry in plan.quantized()
+        if entry.activation == INT8
+        for node in entry.nodes
+    }
 
 
 def staged_module(staging: Staging, built: Built, target: Target) -> Callable[..., Any] | None:

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -116,6 +117,17 @@ def _left_float(console: Console, result: Report) -> None:
     for item in left:
         _row(table, item.entry.tensor, item.entry.op_type, f"{4 * item.weights:,}", item.entry.reason)
     console.print(table)
+
+
+def analyze(result: Mapping[str, Any], output: Path) -> None:
+    """After analyze: the verdict and where the page is."""
+    from kbitc.page import verdict
+
+    console = _console()
+    console.print(f"[bold]{escape(verdict.headline(result))}[/bold]")
+    for sentence in verdict.findings(result):
+        console.print(escape(sentence))
+    console.print(f"[dim]{escape(str(output))}; samples: {escape(str(result['data']))}[/dim]")
 
 
 def run(result: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from kbitc.graph.evaluate import Session
 
 Array = npt.NDArray[Any]
 #: Most batches that one measurement runs on.
-MAX_BATCHES = 8
+MAX_BATCHES = 4
 #: Noise to signal of an output that is no longer finite.
 LOST = 1e6
 

@@ -1,0 +1,1 @@
+"""The page that `kbitc analyze` writes: one HTML file without any request to the outside."""

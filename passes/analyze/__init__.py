@@ -1,0 +1,1 @@
+"""What `kbitc analyze` measures: where the accuracy of a quantized model goes, layer by layer."""

@@ -68,8 +68,8 @@ def compile(
         solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
         equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
         sequential: calibrate each layer on the output of quantized ones.
-        planning: plan, write_plan, target_bpw, size_budget, max_drop, metric, labels, allocate, as the options of the
-            command line (docs/plan.md).
+        planning: centre, proxy (docs/schemes.md), plan, write_plan, target_bpw, size_budget, max_drop, metric, labels,
+            allocate (docs/plan.md), as the options of the command line.
 
     Returns:
         The report that is also in the bundle.

@@ -42,6 +42,8 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
         click.option("--constant", "constants", multiple=True, metavar="NAME=16000", help="Fix an input's value."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op."),
+        click.option("--centre", is_flag=True, help="Quantize MatMul weights without the means of their blocks."),
+        click.option("--proxy", type=float, metavar="PERCENT", help="Keep so many inputs of a MatMul at 8 bits."),
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."
         ),

@@ -163,6 +163,7 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     from kbitc.importer.feeds import sample_feeds
     from kbitc.importer.signature import parse_constant, parse_shape
     from kbitc.passes.canonicalize import canonicalize
+    from kbitc.passes.split.pipeline import split_products
 
     trace.dump("00-options.json", options.text)
     with trace.stage("import"):
@@ -176,6 +177,7 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     with trace.stage("canonicalise"):
         original = canonicalize(imported)
         legality.require(legality.after_canonicalize(original), "canonicalisation")
+        original = split_products(original, options.scheme, centre=options.centre, proxy=options.proxy)
         trace.dump("02-canonical.onnx.txt", lambda: model_text(original))
     with trace.stage("check target"):
         check_target(original, target)
@@ -242,16 +244,17 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
     from kbitc.passes.allocate.given import apply_requests
     from kbitc.passes.allocate.survey import survey
     from kbitc.passes.allocate.uniform import accepted_by, allocate, keep_float
+    from kbitc.passes.split import kept_float, widen_kept
 
     form = catalog.find(FORMS, options.form, "format")
     candidates = survey(model)
     kinds = {candidate.tensor: candidate.kind for candidate in candidates}
-    excluded = excluded_by(candidates, options.exclude)
+    excluded = excluded_by(candidates, options.exclude) | kept_float(candidates)
     accepts = accepted_by(target, partial(form.declines, options.widen))
     if options.scheme is None:
         plan = keep_float(candidates)
     else:
-        plan = allocate(model, candidates, options.scheme, options.activation, excluded, accepts)
+        plan = widen_kept(allocate(model, candidates, options.scheme, options.activation, excluded, accepts))
     if options.plan is not None:
         requests = read_plan(options.plan)
         plan = apply_requests(model, candidates, plan, requests, options.activation, excluded, accepts)

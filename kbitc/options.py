@@ -56,6 +56,8 @@ class CompileOptions:
         shapes: symbolic dimensions bound by the user, as NAME=1x3x224x224 texts.
         constants: inputs made constants by the user, as NAME=16000 texts.
         exclude: patterns of weights that stay float.
+        centre: weights of matrix products are quantized without the means of their blocks.
+        proxy: percent of the inputs of matrix products that are kept at 8 bits; None for none.
         min_sqnr: least signal-to-quantization-noise ratio in dB that is accepted.
         dump_dir: folder that receives what each stage leaves.
         force: replace an existing output.
@@ -79,6 +81,8 @@ class CompileOptions:
     shapes: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    centre: bool = False
+    proxy: float | None = None
     min_sqnr: float | None = None
     dump_dir: Path | None = None
     force: bool = False
@@ -123,6 +127,8 @@ def from_arguments(
     shapes: Sequence[str] = (),
     constants: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    centre: bool = False,
+    proxy: float | None = None,
     min_sqnr: float | None = None,
     dump_dir: str | PathLike[str] | None = None,
     force: bool = False,
@@ -149,6 +155,7 @@ def from_arguments(
         raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
     activation = parse_activations(activations)
     check_static(activation, act_bits, observer)
+    check_splits(centre, proxy, activation, scheme)
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
         activation=activation,
@@ -158,6 +165,8 @@ def from_arguments(
         shapes=tuple(shapes),
         constants=tuple(constants),
         exclude=tuple(exclude),
+        centre=centre,
+        proxy=proxy,
         min_sqnr=min_sqnr,
         dump_dir=None if dump_dir is None else Path(dump_dir),
         force=force,
@@ -172,6 +181,21 @@ def from_arguments(
         equalize=parse_equalizers(equalize),
         sequential=sequential,
     )
+
+
+def check_splits(centre: bool, proxy: float | None, activation: str, scheme: str | None) -> None:
+    """Refuse splits of products that make no sense.
+
+    Raises:
+        UsageError: --centre or --proxy with float weights or static activations, or a share that is none.
+    """
+    if not centre and proxy is None:
+        return
+    if activation == UINT8 or scheme == FLOAT:
+        remedy = "use --activations dynamic or float" if activation == UINT8 else "give a --scheme with fewer bits"
+        raise UsageError("--centre and --proxy split products with quantized weights", remedy=remedy)
+    if proxy is not None and not 0 < proxy < 100:
+        raise UsageError("--proxy is a share of inputs in percent, between 0 and 100", got=proxy)
 
 
 def check_static(activation: str, act_bits: int | None, observer: str | None) -> None:

@@ -41,6 +41,40 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("options", "scheme", "others"),
+    [({"centre": True}, "int4:b32", {None}), ({"proxy": 10}, "int4:b32", {"int8:c"}),
+     ({"centre": True, "proxy": 5}, "nf4:b16", {None, "int8:c"})],
+)  # fmt: skip
+def test_split_products_compile(
+    options: dict[str, float], scheme: str, others: set[str | None], layers: Path, tmp_path: Path
+) -> None:
+    quantized, bundle = tmp_path / "quantized.onnx", tmp_path / "bundle.kbit"
+    kbitc.quantize(layers, quantized, scheme=scheme, activations="float", **options)
+    report = kbitc.compile(layers, bundle, scheme=scheme, activations="float", **options)
+    schemes = [None if item.entry.scheme is None else str(item.entry.scheme) for item in report.weights]
+    assert set(schemes) == {scheme, *others} and schemes.count(scheme) == 2
+    feeds = {"x": np.random.default_rng(1).normal(size=(5, 90)).astype(np.float32)}
+    floats, expected, got = _run(layers, feeds), _run(quantized, feeds), kbitc.load(bundle)(feeds)
+    # Round to nearest at 4 bits (tests/passes/solvers/test_rtn.py), and two layers of equal noise.
+    assert compare([floats], [expected])["y"].sqnr_db > 6.02 * 4 + 4.77 - 20 * np.log10(4.2) - 3.01
+    assert compare([expected], [got])["y"].sqnr_db >= LOWERING_CEILING_DB
+
+
+@pytest.fixture(scope="module")
+def layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two products with an activation between them."""
+    rng = np.random.default_rng(0)
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[b, 90] x) => (float[b, 20] y) { h = MatMul(x, v) r = Relu(h) y = MatMul(r, w) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, shape in (("v", (90, 70)), ("w", (70, 20))):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    path = tmp_path_factory.mktemp("layers") / "model.onnx"
+    onnx.save(proto, path)
+    return path
+
+
 def _run(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -29,6 +29,7 @@ def compile(
     activations: str = "dynamic",
     act_bits: int | None = None,
     observer: str | None = None,
+    integer_only: bool = False,
     target: str = "host",
     shapes: Sequence[str] = (),
     constants: Sequence[str] = (),
@@ -54,6 +55,7 @@ def compile(
         block: weights per scale along the reduction axis (default 32).
         activations: "dynamic" (int8 at run time), "static" (planned from `calibration`) or "float".
         act_bits: bits of a static activation, 4 to 8 (default 8).
+        integer_only: static, with no float operator between input and output; refused where one would be left.
         observer: what gives the ranges of static activations: a file of passes/observers.
         target: host, x86[:avx2|avx512vnni|avx512vbmi], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
         shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
@@ -81,9 +83,9 @@ def compile(
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        target=target, shapes=shapes, constants=constants, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir,
-        force=force, debug_accumulators=debug_accumulators, with_runtime=with_runtime, solver=solver,
-        equalize=equalize, sequential=sequential, **planning,
+        integer_only=integer_only, target=target, shapes=shapes, constants=constants, exclude=exclude,
+        min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, debug_accumulators=debug_accumulators,
+        with_runtime=with_runtime, solver=solver, equalize=equalize, sequential=sequential, **planning,
     )  # fmt: skip
     return driver.compile_model(model, output, chosen, calibration)
 
@@ -98,6 +100,7 @@ def quantize(
     activations: str = "dynamic",
     act_bits: int | None = None,
     observer: str | None = None,
+    integer_only: bool = False,
     target: str = "host",
     shapes: Sequence[str] = (),
     constants: Sequence[str] = (),
@@ -116,8 +119,9 @@ def quantize(
 
     chosen = options.from_arguments(
         bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        target=target, shapes=shapes, constants=constants, exclude=exclude, min_sqnr=min_sqnr, dump_dir=dump_dir,
-        force=force, solver=solver, equalize=equalize, sequential=sequential, **planning,
+        integer_only=integer_only, target=target, shapes=shapes, constants=constants, exclude=exclude,
+        min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, solver=solver, equalize=equalize, sequential=sequential,
+        **planning,
     )  # fmt: skip
     return driver.quantize_model(model, output, chosen, calibration)
 

@@ -37,6 +37,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
             help="float, dynamic (int8 at run time) or static (planned from --calibration, integer graph).",
         ),
         click.option("--act-bits", type=int, help="Bits of a static activation, 4 to 8.  [default: 8]"),
+        click.option("--integer-only", is_flag=True, help="Static, with no float operator between input and output."),
         click.option("--observer", help="Ranges of static activations: minmax, percentile, mse, entropy ..."),
         click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),

@@ -52,6 +52,7 @@ class CompileOptions:
         activation: "int8" (quantized at run time), "uint8" (planned from calibration) or "float32".
         act_bits: bits of a planned activation, 4 to 8.
         observer: what gives the ranges of planned activations.
+        integer_only: refuse a graph in which a float operator is left.
         target: text form of the target.
         shapes: symbolic dimensions bound by the user, as NAME=1x3x224x224 texts.
         constants: inputs made constants by the user, as NAME=16000 texts.
@@ -77,6 +78,7 @@ class CompileOptions:
     activation: str = INT8
     act_bits: int = 8
     observer: str = DEFAULT_OBSERVER
+    integer_only: bool = False
     target: str = "host"
     shapes: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
@@ -123,6 +125,7 @@ def from_arguments(
     activations: str = "dynamic",
     act_bits: int | None = None,
     observer: str | None = None,
+    integer_only: bool = False,
     target: str = "host",
     shapes: Sequence[str] = (),
     constants: Sequence[str] = (),
@@ -153,7 +156,7 @@ def from_arguments(
         raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
     if budget.limits_plan and scheme == FLOAT:
         raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
-    activation = parse_activations(activations)
+    activation = UINT8 if integer_only else parse_activations(activations)
     check_static(activation, act_bits, observer)
     check_splits(centre, proxy, activation, scheme)
     return CompileOptions(
@@ -161,6 +164,7 @@ def from_arguments(
         activation=activation,
         act_bits=8 if act_bits is None else act_bits,
         observer=observer or DEFAULT_OBSERVER,
+        integer_only=integer_only,
         target=target,
         shapes=tuple(shapes),
         constants=tuple(constants),

@@ -49,7 +49,13 @@ def plan_static(
         raise UsageError("--activations static needs samples", remedy="give --calibration DATA, or use dynamic")
     batches = open_batches(samples.original, samples.calibration)
     planned = plan_activations(
-        samples.original, plan, tensors, batches, observer=options.observer, bits=options.act_bits
+        samples.original,
+        plan,
+        tensors,
+        batches,
+        observer=options.observer,
+        bits=options.act_bits,
+        integer_only=options.integer_only,
     )
     entries = {entry.tensor: entry for entry in planned.entries}
     return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)

@@ -12,7 +12,7 @@ from kbitc import catalog, driver
 from kbitc.errors import UsageError
 from kbitc.graph.evaluate import Session
 from kbitc.graph.functions import add_functions
-from kbitc.options import CompileOptions, default_scheme
+from kbitc.options import CompileOptions, Method, default_scheme
 from kbitc.passes.allocate.allocation import by_noise
 from kbitc.passes.allocate.allocators import second_order, sensitivity
 from kbitc.passes.allocate.choices import FLOAT_BITS, Choice, Problem, make_problem
@@ -21,6 +21,7 @@ from kbitc.passes.allocate.uniform import accepted_by
 from kbitc.passes.analyze.layers import LayerAnalysis, analyze_layers, noise_db
 from kbitc.passes.analyze.matching import DEPARTS_DB, Match, first_departure, match
 from kbitc.passes.rewrite.quantize_activations import quantize_activations
+from kbitc.passes.solve import solve_weights
 from kbitc.planner import MEASURED_WITH, SOLVERS
 from kbitc.quant.metrics import OutputAccuracy, compare
 from kbitc.quant.plan import FLOAT, QuantPlan
@@ -64,7 +65,7 @@ def analyze_model(
     with trace.stage("sensitivity of each layer"):
         noise = second_order.estimate(problem) if estimate else sensitivity.measure(problem)
     with trace.stage("layers alone and left out"):
-        tensors, _ = driver.solve(prepared.original, plan, kinds)
+        tensors = solve_weights(prepared.original, plan, kinds, Method(MEASURED_WITH)).tensors
         layers, all_weights = analyze_layers(problem, tensors, noise)
     with trace.stage("values along the graph"):
         quantized = driver.rewrite(prepared.original, plan, tensors, kinds)
@@ -128,7 +129,7 @@ class _Bench:
     def run(self, plan: QuantPlan, *, weights: bool = True) -> Accuracies:
         """Accuracy of a plan; without weights only its activations are rounded."""
         model, feeds = self._prepared.original, self._prepared.feeds
-        tensors, _ = driver.solve(model, plan, self._kinds)
+        tensors = solve_weights(model, plan, self._kinds, Method(MEASURED_WITH)).tensors
         if self._float is None:
             session = Session(model)
             self._float = [session.run(feed) for feed in feeds]

@@ -241,6 +241,23 @@ def after_rewrite(model: ir.Model) -> list[str]:
     return problems
 
 
+def float_operators(model: ir.Model) -> list[ir.Node]:
+    """The nodes of an integer graph that compute floats: all but what turns the graph's inputs into codes and integers
+    into its outputs."""
+    found = []
+    for node in model.graph:
+        if not any(value.dtype == ir.DataType.FLOAT for value in node.outputs):
+            continue
+        if node.op_type == "DequantizeLinear" and all(value.is_graph_output() for value in node.outputs):
+            continue
+        source = node.inputs[0] if node.inputs else None
+        enters = node.op_type == "Cast" and source is not None and source.dtype != ir.DataType.FLOAT
+        if enters and all(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
+            continue
+        found.append(node)
+    return found
+
+
 def require(problems: list[str], stage: str) -> None:
     """Stop when a stage broke the graph.
 

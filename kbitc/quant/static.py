@@ -118,6 +118,8 @@ class StaticPlan:
         observer: name of the observer that gave the ranges.
         data: where the statistics come from.
         values: one entry for each value that has codes.
+        wides: one entry for each value that is kept as finer int32 numbers, zero point 0.
+        integer_only: no float node may be left.
         nodes: one entry a node.
     """
 
@@ -125,6 +127,8 @@ class StaticPlan:
     data: str
     values: tuple[ValueEntry, ...] = ()
     nodes: tuple[NodeEntry, ...] = ()
+    wides: tuple[ValueEntry, ...] = ()
+    integer_only: bool = False
     _codes: dict[str, Codes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -133,6 +137,10 @@ class StaticPlan:
     def codes(self, value: str | None) -> Codes:
         """The codes of a value that has some."""
         return self._codes[value or ""]
+
+    def wide_scale(self, value: str | None) -> float:
+        """Units of x per step of a value that is kept as int32."""
+        return next(entry.codes.scale for entry in self.wides if entry.value == value)
 
     def has_codes(self, value: str | None) -> bool:
         """Whether a value has codes."""
@@ -143,6 +151,8 @@ class StaticPlan:
         return {
             "observer": self.observer,
             "data": self.data,
+            "integer_only": self.integer_only,
             "values": [entry.as_json() for entry in self.values],
+            "wides": [entry.as_json() for entry in self.wides],
             "nodes": [asdict(entry) for entry in self.nodes],
         }

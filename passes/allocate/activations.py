@@ -20,7 +20,14 @@ OBSERVERS = "kbitc.passes.observers"
 
 
 def plan_activations(
-    model: ir.Model, plan: QuantPlan, tensors: Mapping[str, QTensor], batches: Batches, *, observer: str, bits: int
+    model: ir.Model,
+    plan: QuantPlan,
+    tensors: Mapping[str, QTensor],
+    batches: Batches,
+    *,
+    observer: str,
+    bits: int,
+    integer_only: bool = False,
 ) -> QuantPlan:
     """The plan with codes for activations; weights that no integer node reads keep float activations.
 
@@ -31,6 +38,7 @@ def plan_activations(
         batches: calibration data.
         observer: name of the observer.
         bits: of an activation.
+        integer_only: no float node may be left.
 
     Raises:
         UsageError: there is no such observer.
@@ -40,7 +48,7 @@ def plan_activations(
     stats = cached(model, observable(model), batches)
     chosen = {entry.tensor for entry in plan.quantized() if entry.activation == UINT8}
     refused = {entry.tensor: entry.reason for entry in plan.entries if entry.tensor not in chosen}
-    wishes = Wishes(observe, observer, bits, f"{stats.batches} batches")
+    wishes = Wishes(observe, observer, bits, f"{stats.batches} batches", integer_only)
     static = plan_static(model, {name: tensors[name] for name in chosen}, refused, stats, wishes)
     return QuantPlan(tuple(_settled(model, entry, static) for entry in plan.entries), static)
 

@@ -9,16 +9,20 @@ from math import prod
 import onnx_ir as ir
 
 from kbitc.graph import edit, images, ops
+from kbitc.graph.integer_nonlinear import NORM_CHANNELS
 from kbitc.quant.scheme import Granularity, ScaleCode
 from kbitc.quant.tensor import QTensor
 
 CONTRACTION, PRODUCT, BIAS = "contraction", "product", "bias"
 ADD, MUL, CONCAT, MOVE, PEAK = "add", "mul", "concat", "move", "peak"
 MEAN, AVERAGE, TABLE, NONE = "mean", "average", "table", "none"
+SOFTMAX, NORM = "softmax", "norm"
 #: Families whose output has the codes of their first input.
 KEEPS_CODES = frozenset((MOVE, PEAK))
 #: Families that sum products or elements in int32.
 ACCUMULATES = frozenset((CONTRACTION, PRODUCT, MUL, MEAN, AVERAGE))
+#: Families that only an integer-only graph has: elsewhere their floats are more accurate and cost little.
+_INTEGER_ONLY = frozenset((SOFTMAX, NORM))
 
 _MOVES = frozenset("Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Expand DepthToSpace SpaceToDepth".split())
 
@@ -40,13 +44,16 @@ class Form:
     reason: str = ""
 
 
-def survey(model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str, str]) -> dict[ir.Node, Form]:
+def survey(
+    model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str, str], *, integer_only: bool = False
+) -> dict[ir.Node, Form]:
     """The form of every node of the main graph.
 
     Args:
         model: canonical graph.
         tensors: quantized weights by initializer name.
         refused: weight name -> why it stays float.
+        integer_only: no float node may be left, so forms with a loss are taken too.
     """
     found: dict[ir.Node, Form] = {}
     rooted = images.roots(model.graph)
@@ -56,6 +63,9 @@ def survey(model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str
             found[node] = Form(BIAS, output=node.outputs[0])
             continue
         form = _form(node, tensors, refused, rooted)
+        form = _integer_only(node, form) if integer_only else form
+        if form.family in _INTEGER_ONLY and not integer_only:
+            form = _none(f"{node.op_type} is more accurate on floats")
         bias = bias_node(node) if form.family == CONTRACTION else None
         if bias is not None:
             biases[bias] = node
@@ -81,6 +91,14 @@ def _form(
     if node.op_type in _MOVES:
         return _first(node, MOVE)
     return _none(f"{node.op_type} has no integer form")
+
+
+def _integer_only(node: ir.Node, form: Form) -> Form:
+    """Forms that are taken when nothing may stay float: rows of a float table become codes."""
+    table = node.inputs[0] if node.inputs else None
+    if form.family == NONE and edit.is_op(node, "Gather") and table is not None and edit.constant(table) is not None:
+        return Form(MOVE, (table,), node.outputs[0])
+    return form
 
 
 def _none(reason: str) -> Form:
@@ -228,6 +246,22 @@ def _average(node: ir.Node) -> Form:
     return _first(node, AVERAGE)
 
 
+def _softmax(node: ir.Node) -> Form:
+    return _first(node, SOFTMAX)
+
+
+def _norm(node: ir.Node) -> Form:
+    source, rank = node.inputs[0], edit.rank(node.inputs[0])
+    if source is None or source.shape is None or rank is None:
+        return _none("the rank of its input is not known")
+    channels = source.shape[-1]
+    if node.attributes.get_int("axis", -1) % rank != rank - 1 or not isinstance(channels, int):
+        return _none("it normalizes more than the last axis")
+    if channels > NORM_CHANNELS or any(edit.constant(value) is None for value in node.inputs[1:]):
+        return _none(f"it has over {NORM_CHANNELS} channels, or its gain is not a constant")
+    return _first(node, NORM)
+
+
 _FAMILIES: dict[str, Callable[[ir.Node], Form]] = {
     "Add": _sum,
     "Sub": _sum,
@@ -242,4 +276,6 @@ _FAMILIES: dict[str, Callable[[ir.Node], Form]] = {
     "GlobalAveragePool": _mean,
     "ReduceMean": _mean,
     "AveragePool": _average,
+    "Softmax": _softmax,
+    "LayerNormalization": _norm,
 }

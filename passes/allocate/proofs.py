@@ -16,7 +16,7 @@ from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, Proof
 from kbitc.quant.tensor import QTensor, spread
 
 if TYPE_CHECKING:
-    from kbitc.passes.allocate.static import Decision
+    from kbitc.passes.allocate.decision import Decision
 
 Known = Mapping[ir.Value, tuple[Codes, str]]
 

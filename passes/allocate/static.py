@@ -17,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import edit, images
+from kbitc.graph.integer_nonlinear import PROBABILITY_STEPS
 from kbitc.passes.allocate import forms
+from kbitc.passes.allocate.decision import Decision
 from kbitc.passes.allocate.forms import Form
 from kbitc.passes.allocate.proofs import prove
 from kbitc.quant.static import FLOAT, INTEGER, Codes, NodeEntry, Proof, StaticPlan, ValueEntry, codes_for
@@ -29,6 +31,10 @@ Observe = Callable[[ValueStats, int], "tuple[float, float]"]
 #: Codes of the values that a first or last layer reads, whatever --act-bits says: they have the fewest channels to
 #: average errors over and every error passes through them (Esser et al., arXiv 1902.08153, section 3).
 EDGE_BITS = 8
+#: What a normalization reads and gives is so fine that the largest number seen is 2^15 steps: |x| <= 2^17 leaves room.
+WIDE_PEAK_BITS = 15
+#: Step of the int32 numbers that a softmax reads: exp changes by a factor of 1.001.
+LOGIT_SCALE = 2.0**-10
 #: Numbers at which a function is sampled to find where it is flat.
 _SAMPLES = 4097
 
@@ -42,6 +48,7 @@ class Wishes:
         observer: its name.
         bits: of a code.
         data: where the statistics come from.
+        integer_only: no float node may be left.
         keep_float: node name -> why it must stay float.
     """
 
@@ -49,6 +56,7 @@ class Wishes:
     observer: str
     bits: int
     data: str
+    integer_only: bool = False
     keep_float: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -75,10 +83,10 @@ def plan_static(
         stats: of the values that `observable` names.
         wishes: what the user asks for.
     """
-    known = forms.survey(model, tensors, refused)
+    known = forms.survey(model, tensors, refused, integer_only=wishes.integer_only)
     surveyed = {node: _with_stats(node, form, stats, wishes) for node, form in known.items()}
     for _ in range(len(surveyed) + 1):
-        decision = Decision(model, surveyed)
+        decision = Decision(model, surveyed, integer_only=wishes.integer_only)
         codes = Ranges(model, decision, stats, wishes).all()
         proofs = {node: prove(node, decision, codes, tensors) for node in decision.integer}
         unsafe = {node: proof for node, proof in proofs.items() if proof is not None and not proof.holds}
@@ -90,7 +98,8 @@ def plan_static(
         }
     entries = tuple(_entry(node, decision, proofs.get(node)) for node in model.graph)
     values = tuple(ValueEntry(value.name or "", codes[value][0], codes[value][1]) for value in codes)
-    return StaticPlan(wishes.observer, wishes.data, values, entries)
+    wides = wide_entries(decision, stats)
+    return StaticPlan(wishes.observer, wishes.data, values, entries, wides, wishes.integer_only)
 
 
 def _with_stats(node: ir.Node, form: Form, stats: CalibrationStats, wishes: Wishes) -> Form:
@@ -109,102 +118,25 @@ def _with_stats(node: ir.Node, form: Form, stats: CalibrationStats, wishes: Wish
     return form if reason is None else Form(forms.NONE, reason=reason)
 
 
-class Decision:
-    """Which nodes run on integers.
-
-    Attributes:
-        forms: the form of every node.
-        integer: the nodes that run on integers, in graph order, tables and biases apart.
-        readers: value -> integer nodes that read its codes.
-        images: root -> its images that have codes, in graph order; the root itself is not among them.
-    """
-
-    def __init__(self, model: ir.Model, surveyed: Mapping[ir.Node, Form]) -> None:
-        self.model = model
-        self.forms = surveyed
-        self.roots = {
-            form.output: form.inputs[0]
-            for form in surveyed.values()
-            if form.family == forms.TABLE and form.output is not None
-        }
-        self.producers = {
-            form.output: node
-            for node, form in surveyed.items()
-            if form.output is not None and form.family != forms.BIAS
-        }
-        self.producers |= {value: node for node in surveyed for value in node.outputs if value not in self.producers}
-        self.integer: list[ir.Node] = []
-        self._forward()
-        self._backward()
-        self.readers: dict[ir.Value, list[ir.Node]] = {}
-        for node in self.integer:
-            for value in surveyed[node].inputs:
-                self.readers.setdefault(value, []).append(node)
-        self.images: dict[ir.Value, list[ir.Value]] = {}
-        for value, root in self.roots.items():
-            if value in self.readers and self._made_on_integers(root):
-                self.images.setdefault(root, []).append(value)
-
-    def has_codes(self, value: ir.Value) -> bool:
-        """Whether an integer node reads the value's codes, or they are needed for a table."""
-        return value in self.readers or (value in self.images and not self.folded(value))
-
-    def folded(self, root: ir.Value) -> bool:
-        """Whether a root's only use as codes is one image that requantization can clip to."""
-        found = self.images.get(root, [])
-        node = self.producers.get(root)
-        if node is None or root in self.readers or len(found) != 1:
-            return False
-        if self.forms[node].family not in forms.ACCUMULATES | {forms.ADD}:
-            return False
-        return _is_clip_chain(found[0], root)
-
-    def _forward(self) -> None:
-        chosen: set[ir.Node] = set()
-        for node, form in self.forms.items():
-            if form.family in (forms.NONE, forms.TABLE, forms.BIAS):
+def wide_entries(decision: Decision, stats: CalibrationStats) -> tuple[ValueEntry, ...]:
+    """The steps of the values that are kept as int32: of what a normalization reads and gives, and of wide sums."""
+    found: dict[str, ValueEntry] = {}
+    logits: set[ir.Value] = set()
+    for node in reversed(decision.integer):
+        form = decision.forms[node]
+        if form.family == forms.SOFTMAX or (node in decision.wide and form.output in logits):
+            logits.update(form.inputs)
+        ends = [form.output] if node in decision.wide or form.family == forms.NORM else []
+        ends += [form.inputs[0]] if form.family in (forms.NORM, forms.SOFTMAX) else []
+        for value in ends:
+            if value is None or value.name in found:
                 continue
-            always = form.family in (forms.CONTRACTION, forms.PRODUCT)
-            if always or all(self._available(value, chosen) for value in form.inputs):
-                chosen.add(node)
-        self._chosen = chosen
-
-    def _available(self, value: ir.Value, chosen: set[ir.Node]) -> bool:
-        if edit.constant(value) is not None:
-            return True
-        return self.producers.get(self.roots.get(value, value)) in chosen
-
-    def _made_on_integers(self, root: ir.Value) -> bool:
-        return self.producers.get(root) in self._chosen
-
-    def _backward(self) -> None:
-        wanted: set[ir.Value] = set()
-        kept = []
-        for node in reversed(list(self.forms)):
-            form = self.forms[node]
-            if node not in self._chosen:
-                continue
-            made = {value for value in (form.output, *node.outputs) if value is not None}
-            made |= {image for image, root in self.roots.items() if root in made}
-            if form.family not in (forms.CONTRACTION, forms.PRODUCT) and not made & wanted:
-                self._chosen.discard(node)
-                continue
-            wanted.update(form.inputs)
-            kept.append(node)
-        self.integer = kept[::-1]
-
-
-def _is_clip_chain(value: ir.Value, root: ir.Value) -> bool:
-    """Whether an image is made by Relu, Clip, Max and Min alone, one after the other."""
-    while value is not root:
-        node = value.producer()
-        if node is None or node.op_type not in ("Relu", "Clip", "Max", "Min", "Identity"):
-            return False
-        sources = images.data_inputs(node)
-        if len(sources) != 1:
-            return False
-        value = sources[0]
-    return True
+            seen = stats.values[value.name or ""]
+            peak = max(abs(seen.low), abs(seen.high)) or 1.0
+            scale = LOGIT_SCALE if value in logits else peak / (1 << WIDE_PEAK_BITS)
+            reason = "logits of a softmax" if value in logits else f"{peak:.6g} is 2^{WIDE_PEAK_BITS} steps"
+            found[value.name or ""] = ValueEntry(value.name or "", Codes(scale, 0, 32), reason)
+    return tuple(found.values())
 
 
 class Ranges:
@@ -232,10 +164,8 @@ class Ranges:
                     found[value] = (found[value][0], f"as {source.name}: {found[value][1]}")
         for node in self.decision.integer:
             for value in self.decision.forms[node].inputs:
-                array = edit.constant(value)
-                if array is not None:
-                    low, high = float(array.min()), float(array.max())
-                    found[value] = (codes_for(low, high, EDGE_BITS), "the range of the constant")
+                if edit.constant(value) is not None and value not in found:
+                    found[value] = self._observed(value)
         return found
 
     def _shared(self) -> dict[ir.Value, ir.Value]:
@@ -259,7 +189,13 @@ class Ranges:
 
     def _observed(self, value: ir.Value) -> tuple[Codes, str]:
         """Codes of a value's own range; where only functions of it are read, without the parts where they are flat."""
+        maker = self.decision.producers.get(value)
+        if maker is not None and self.decision.forms[maker].family == forms.SOFTMAX:
+            return Codes(float(np.float32(1 / PROBABILITY_STEPS)), 0), "probabilities"
         bits = EDGE_BITS if value in self.edges else self.wishes.bits
+        array = edit.constant(value)
+        if array is not None:
+            return codes_for(float(array.min()), float(array.max()), EDGE_BITS), "the range of the constant"
         stats = self.stats.values[value.name or ""]
         low, high = self.wishes.observe(stats, 1 << bits)
         reason = f"{self.wishes.observer} of {stats.count} numbers in [{stats.low:.6g}, {stats.high:.6g}]"

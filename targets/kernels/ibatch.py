@@ -78,7 +78,7 @@ def ones(dot: ByteDot) -> Expr:
 
 
 def make_pack(spec: IbatchSpec, dot: ByteDot, name: str) -> Any:
-    """The PrimFunc: b u8 [*b lead, C, N] (swapped: N, C), packed u8 [B, tiles, steps, 64], added int32 [B, tiles, 16]."""
+    """The PrimFunc: b u8 [*b lead, C, N] (swapped: N, C), packed u8 [B, tiles, steps, 64], added i32 [B, tiles, 16]."""
     return v.kernel(name, lambda: _Packer(spec, dot).emit())
 
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from kbitc.graph import edit, images
+from kbitc.errors import UnsupportedError
+from kbitc.graph import edit, images, legality
 from kbitc.passes.allocate import forms
-from kbitc.passes.allocate.static import Decision
-from kbitc.passes.rewrite.quantize_static import contraction, elementwise, movement, pooling
+from kbitc.passes.allocate.decision import Decision
+from kbitc.passes.rewrite.quantize_static import contraction, elementwise, movement, pooling, wide
 from kbitc.passes.rewrite.quantize_static.builder import F32, Builder, Sums
 from kbitc.quant.static import StaticPlan
 from kbitc.quant.tensor import QTensor
@@ -26,6 +27,7 @@ _SUMS: dict[str, Callable[[Builder, ir.Node], Sums]] = {
     forms.MUL: elementwise.mul,
     forms.MEAN: pooling.mean,
     forms.AVERAGE: pooling.average,
+    forms.NORM: wide.norm,
 }
 #: Numbers between two codes at which a limited value is compared with its limits.
 _SAMPLES = 1025
@@ -47,9 +49,9 @@ def quantize_static(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTe
         node: forms.Form(forms.NONE, reason=kept[node.name or ""])
         if form.family not in (forms.TABLE, forms.BIAS, forms.NONE) and node.name in kept
         else form
-        for node, form in forms.survey(model, tensors, {}).items()
+        for node, form in forms.survey(model, tensors, {}, integer_only=plan.integer_only).items()
     }
-    builder = Builder(model, plan, Decision(model, surveyed), tensors)
+    builder = Builder(model, plan, Decision(model, surveyed, integer_only=plan.integer_only), tensors)
     for node in builder.decision.integer:
         _rewrite(builder, node)
     for value in (*builder.codes, *builder.sums):
@@ -58,6 +60,8 @@ def quantize_static(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTe
             _leave(builder, value)
     edit.remove_dead(model)
     edit.name_nodes(model)
+    if plan.integer_only:
+        _refuse_floats(model, plan)
     return sorted(builder.needed)
 
 
@@ -67,17 +71,19 @@ def _rewrite(builder: Builder, node: ir.Node) -> None:
     if form.output is None:
         return
     output = form.output
+    _read_given(builder, node)
     limited = builder.decision.images.get(output, []) if builder.decision.folded(output) else []
     target = limited[0] if limited else output
     low, high = limits(builder, target, output) if limited else (0, 255)
-    if form.family in _SUMS:
-        sums = _SUMS[form.family](builder, node)
+    if form.family in _SUMS or node in builder.decision.wide:
+        sums = wide.wide_sum(builder, node) if form.family == forms.ADD else _SUMS[form.family](builder, node)
         if limited or builder.decision.has_codes(output):
             builder.requantize(sums, target, _place(node, output), low, high)
-        if not builder.decision.has_codes(output):
-            builder.sums[output] = sums
+        builder.sums[output] = sums
     elif form.family == forms.ADD:
         elementwise.add(builder, node, target, low, high)
+    elif form.family == forms.SOFTMAX:
+        wide.softmax(builder, node)
     elif form.family == forms.CONCAT:
         movement.concat(builder, node)
     else:
@@ -86,6 +92,30 @@ def _rewrite(builder: Builder, node: ir.Node) -> None:
         for image in builder.decision.images.get(made, []):
             if image not in builder.codes:
                 elementwise.tabled(builder, image, made, _place(node, output))
+
+
+def _read_given(builder: Builder, node: ir.Node) -> None:
+    """The codes of functions of the graph's own inputs that a node reads."""
+    for value in builder.form(node).inputs:
+        root = builder.decision.roots.get(value)
+        if root is not None and value not in builder.codes and builder.decision.given(root):
+            builder.codes[root] = builder.read(root, node)
+            elementwise.tabled(builder, value, root, node)
+
+
+def _refuse_floats(model: ir.Model, plan: StaticPlan) -> None:
+    """Stop when a float operator is left between the quantization of inputs and the outputs.
+
+    Raises:
+        UnsupportedError: names the first such operators and why they stay.
+    """
+    reasons = {entry.node: entry.reason for entry in plan.nodes}
+    left = legality.float_operators(model)
+    if left:
+        words = [f"{edit.describe(node)}: {reasons.get(node.name or '', 'it reads floats')}" for node in left[:5]]
+        raise UnsupportedError(
+            f"--integer-only leaves {len(left)} float operators", got="; ".join(words), remedy="drop --integer-only"
+        )
 
 
 def _place(node: ir.Node, output: ir.Value) -> ir.Node:

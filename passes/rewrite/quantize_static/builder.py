@@ -13,8 +13,10 @@ import onnx_ir as ir
 from kbitc.errors import InternalError
 from kbitc.graph import edit, functions
 from kbitc.graph import integer_functions as integer
+from kbitc.graph import integer_nonlinear as nonlinear
+from kbitc.passes.allocate.decision import Decision
 from kbitc.passes.allocate.forms import Form
-from kbitc.passes.allocate.static import EDGE_BITS, Decision
+from kbitc.passes.allocate.static import EDGE_BITS
 from kbitc.quant.static import Codes, StaticPlan
 from kbitc.quant.tensor import QTensor
 
@@ -85,12 +87,19 @@ class Builder:
         """An integer scalar."""
         return self.constant(f"{np.dtype(dtype).name}_{number}".replace("-", "m"), np.array(number, dtype))
 
+    def powers(self) -> ir.Value:
+        """The table of IntegerSoftmax, one for all."""
+        key = ("powers",)
+        if key not in self._constants:
+            self._constants[key] = edit.add_initializer(self.model.graph, "powers", nonlinear.powers())
+        return self._constants[key]
+
     def emit(
         self, before: ir.Node, op_type: str, inputs: Sequence[ir.Value | None], name: str, dtype: ir.DataType,
         shape: ir.Shape | None, **attrs: Any,
     ) -> ir.Value:  # fmt: skip
         """A new node in front of `before`; operators that are kbitc functions are called as such."""
-        own = op_type in integer.BODIES
+        own = op_type in integer.BODIES or op_type in nonlinear.BODIES
         if own:
             self.needed.add(op_type)
         domain = functions.DOMAIN if own else ""

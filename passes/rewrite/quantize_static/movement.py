@@ -22,7 +22,13 @@ from kbitc.quant.static import Codes
 def move(builder: Builder, node: ir.Node) -> None:
     """The same node on codes."""
     source = builder.form(node).inputs[0]
-    inputs: list[ir.Value | None] = [builder.read(source, node), *node.inputs[1:]]
+    array = edit.constant(source)
+    codes = (
+        builder.read(source, node)
+        if array is None
+        else constant_codes(builder, source, array, builder.codes_of(source))
+    )
+    inputs: list[ir.Value | None] = [codes, *node.inputs[1:]]
     if node.op_type == "Pad":
         fill = builder.zero(builder.codes_of(source))
         inputs = [*inputs[:2], fill, *inputs[3:]]

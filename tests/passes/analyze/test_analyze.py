@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from kbitc import driver
+from kbitc.options import Method
 from kbitc.passes.allocate.allocators import sensitivity
 from kbitc.passes.analyze.layers import analyze_layers, count, noise_db, theoretical_noise, weight_histogram
 from kbitc.passes.analyze.matching import activation_histogram, first_departure, match, watched
+from kbitc.passes.solve import solve_weights
 from kbitc.passes.solvers import rtn
 from kbitc.quant.scheme import QuantScheme
 from tests.support import planned
@@ -64,7 +66,7 @@ def test_activations_are_seen_in_steps_of_their_block() -> None:
 def test_a_layer_left_out_wins_what_its_noise_costs() -> None:
     problem = planned.problem("int4:b32")
     kinds = {layer.candidate.tensor: layer.candidate.kind for layer in problem.layers}
-    tensors, _ = driver.solve(problem.model, problem.plan((2,) * 6), kinds)
+    tensors = solve_weights(problem.model, problem.plan((2,) * 6), kinds, Method("rtn")).tensors
     layers, together = analyze_layers(problem, tensors, sensitivity.measure(problem))
     assert [item.entry.tensor for item in layers] == list(planned.SHAPES)
     for item in layers:
@@ -81,7 +83,7 @@ def test_equal_models_match_everywhere_and_a_broken_weight_departs_there() -> No
     plan = problem.plan((6,) * 6)
     matches, _ = match(problem.model, problem.model.clone(), plan, problem.feeds)
     assert {item.sqnr_db for item in matches} == {200.0} and first_departure(matches) is None
-    tensors, _ = driver.solve(problem.model, plan, kinds)
+    tensors = solve_weights(problem.model, plan, kinds, Method("rtn")).tensors
     broken = rtn.solve(0 * problem.weight(problem.layers[2]), QuantScheme.parse("int8:b32"))
     quantized = driver.rewrite(problem.model, plan, {**tensors, "point": broken}, kinds)
     matches, activations = match(problem.model, quantized, plan, problem.feeds)

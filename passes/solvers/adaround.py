@@ -27,8 +27,8 @@ from kbitc.quant.tensor import QTensor, spread
 FloatArray = npt.NDArray[np.float32]
 #: Stretch of the sigmoid (section 3.3), weight and schedule of the regulariser, Adam's constants.
 ZETA, GAMMA = 1.1, -0.1
-LAMBDA, BETA_FROM, BETA_TO, WARM_UP = 0.01, 20.0, 2.0, 0.2
-RATE, FIRST, SECOND, TINY = 0.05, 0.9, 0.999, 1e-8
+LAMBDA, BETA_FROM, BETA_TO, WARM_UP = 1.0, 20.0, 2.0, 0.2
+RATE, FIRST, SECOND, TINY = 0.1, 0.9, 0.999, 1e-8
 ITERATIONS = 300
 
 

@@ -1,17 +1,19 @@
-"""The matrix-vector product of a decoder step at every k, against onnxruntime's MatMulNBits and fp32, one thread.
+"""Products of few or many rows with one weight at every k, against onnxruntime fp32 and MatMulNBits, one thread.
 
-    python examples/benchmarks/gemv.py [--size 4096] [--layers 1 8] [--rows 1] [--schemes int4:b32 nf4:b32 ...]
+    python examples/benchmarks/gemv.py [--size 4096] [--layers 1 8] [--rows 1 8 32 128] [--schemes int4:b32 ...]
 
 x [rows, size] times `layers` weights [size, size], one after another. One layer of 4096 lies in a large third-level
 cache and shows the arithmetic; eight layers come from memory, as in a real decoder, and show the bytes.
 kbitc's time includes the quantization of the activations, as onnxruntime's with accuracy_level 4 does.
-Writes results/gemv.json.
+All engines work in the calling thread, so that its processor time is measured. Writes results/gemv.json (one row of
+activations) and results/gemm.json (more).
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 import kbitc
 
-ROUNDS = 30
+ROUNDS = 60
+FEWER_ROUNDS = 15
 # Weights of this many layers do not fit the caches at 4 bits and more: they come from memory.
 MEMORY_LAYERS = 8
 BLOCK = 32
-BASELINE = "onnxruntime MatMulNBits 4 bits"
+PEER = "onnxruntime MatMulNBits 4 bits"
+BASELINE = "onnxruntime fp32"
 SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}")
+# With many rows the bits hardly matter, but the blocks do.
+MANY_ROWS_SCHEMES = ("int4:b32", "int4:b128", "nf4:b32", "int8:c")
 Floats = npt.NDArray[np.float32]
 
 
@@ -102,14 +108,14 @@ def measure(schemes: list[str], size: int, layers: int, rows: int) -> dict[str, 
     x = random.standard_normal((rows, size)).astype(np.float32)
     model = float_model(weights, rows)
     contestants = {
-        BASELINE: in_onnxruntime(four_bit_model(weights, rows), x),
-        "onnxruntime fp32": in_onnxruntime(model, x),
+        BASELINE: in_onnxruntime(model, x),
+        PEER: in_onnxruntime(four_bit_model(weights, rows), x),
     }
     title = f"{rows} x {size} x {size}, {layers} layer(s)"
     with tempfile.TemporaryDirectory() as folder:
         for scheme in schemes:
             contestants[f"kbitc {scheme}"] = in_kbitc(model, scheme, x, Path(folder))
-        timing = harness.interleave(contestants, ROUNDS)
+        timing = harness.interleave(contestants, ROUNDS if rows == 1 else FEWER_ROUNDS, clock=time.thread_time)
     harness.print_table(title, timing, BASELINE)
     row: dict[str, Any] = timing.as_json(title, BASELINE, rows=rows, layers=layers)
     return row
@@ -120,12 +126,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Matrix-vector products at every k against onnxruntime.")
     parser.add_argument("--size", type=int, default=4096, help="N and K of every layer")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, MEMORY_LAYERS])
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--schemes", nargs="+", help="of kbitc; by default every k for one row, some for more")
     chosen = parser.parse_args()
     harness.pin(1)
-    found = [measure(chosen.schemes, chosen.size, layers, chosen.rows) for layers in chosen.layers]
-    print(harness.save("gemv", found, threads=1))
+    if 1 in chosen.rows:
+        schemes = chosen.schemes or list(SCHEMES)
+        print(harness.save("gemv", [measure(schemes, chosen.size, n, 1) for n in chosen.layers], threads=1))
+    if many := [rows for rows in chosen.rows if rows > 1]:
+        schemes = chosen.schemes or list(MANY_ROWS_SCHEMES)
+        print(harness.save("gemm", [measure(schemes, chosen.size, 1, rows) for rows in many], threads=1))
 
 
 if __name__ == "__main__":

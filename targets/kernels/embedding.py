@@ -13,47 +13,34 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as builder
 
-from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import stored_bias
+from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_weight
 
 Expr = Any
 Buffer = Any
 Dim = Any
 
 
-@dataclass(frozen=True)
-class EmbeddingSpec:
-    """A look-up of rows.
+@dataclass(frozen=True, kw_only=True)
+class EmbeddingSpec(WeightSpec):
+    """A look-up of rows in a table [N, 1, C].
 
     Attributes:
         lead: shape of the indices.
-        rows, channels: N and C of the table [N, 1, C].
-        data_type: format of the codes.
-        block: channels per scale; C when there is one scale a row.
-        scale_dtype: "float16" or "float32".
-        zero_point: zero points are stored beside the scales.
         index_dtype: "int32" or "int64".
     """
 
     lead: tuple[Dim, ...]
-    rows: int
-    channels: int
-    data_type: Format
-    block: int
-    scale_dtype: str
-    zero_point: bool
     index_dtype: str
 
 
 @dataclass
 class _Arguments:
     indices: Buffer
-    packed: Buffer
-    scales: Buffer
-    zeros: Buffer | None
+    weight: WeightArguments
     levels: Buffer | None
     out: Buffer
 
@@ -71,22 +58,18 @@ def _emit(spec: EmbeddingSpec) -> None:
     lead = tuple(dims(d) for d in spec.lead)
     count = v.product(lead)
     bits = spec.data_type.bits
-    packed_dims = packed_shape(spec.rows, 1, spec.channels, bits)
-    scale_dims = (packed_dims[0], 1, -(-spec.channels // spec.block), LANES)
     indices = v.argument("indices", lead, spec.index_dtype)
-    packed = v.argument("packed", packed_dims, "uint8")
-    scales = v.argument("scales", scale_dims, spec.scale_dtype)
-    zeros = v.argument("zeros", scale_dims, "uint8") if spec.zero_point else None
+    weight = declare_weight(spec)
     levels = None if spec.data_type.uniform else v.argument("levels", (2**bits,), "float32")
     out = v.argument("out", (*lead, spec.channels), "float32")
     with v.root():
         flat = v.view(indices, (count,), spec.index_dtype)
         result = v.view(out, (count, spec.channels), "float32")
-        args = _Arguments(flat, packed, scales, zeros, levels, result)
+        args = _Arguments(flat, weight, levels, result)
         with builder.parallel(v.i64(0), v.i64(count)) as i:
             asked = v.bind(v.cast(flat[i], "int64", 1))
-            wrapped = tirx.Select(asked < v.i64(0), asked + spec.rows, asked)
-            row = v.bind(tirx.max(tirx.min(v.bind(wrapped), v.i64(spec.rows - 1)), v.i64(0)))
+            wrapped = tirx.Select(asked < v.i64(0), asked + spec.outputs, asked)
+            row = v.bind(tirx.max(tirx.min(v.bind(wrapped), v.i64(spec.outputs - 1)), v.i64(0)))
             _row(spec, args, i, row)
 
 
@@ -100,14 +83,14 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
     def unit(u: Expr, counts: tuple[int, int]) -> None:
         codes = UnitCodes(
             spec.data_type.bits,
-            lambda k: v.reinterpret(v.load(args.packed, [tile, 0, u, k, lane * GROUP], GROUP), "uint32", 1),
+            lambda k: v.reinterpret(v.load(args.weight.packed, [tile, 0, u, k, lane * GROUP], GROUP), "uint32", 1),
         )
         for h, count in enumerate(counts):
             if not count:
                 continue
             start = v.bind(u * UNIT + h * half)
             block = v.bind(tirx.truncdiv(start, v.i64(spec.block)))
-            scale = v.bind(v.cast(args.scales[tile, v.i64(0), block, lane], "float32", 1))
+            scale = v.bind(v.cast(args.weight.scales[tile, v.i64(0), block, lane], "float32", 1))
             zero = _zero(spec, args, tile, lane, block)
             for step in range(-(-count // GROUP)):
                 levels = _levels(spec, args, codes, h * (STEPS // 2) + step)
@@ -122,9 +105,9 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
 
 def _zero(spec: EmbeddingSpec, args: _Arguments, tile: Expr, lane: Expr, block: Expr) -> Expr:
     """The level of the zero point, f32; levels are small integers, so the subtraction is exact."""
-    if args.zeros is None:
+    if args.weight.zeros is None:
         return tirx.const(0.0, "float32")
-    stored = v.cast(args.zeros[tile, v.i64(0), block, lane], "int32", 1)
+    stored = v.cast(args.weight.zeros[tile, v.i64(0), block, lane], "int32", 1)
     return v.bind(v.cast(stored - tirx.const(stored_bias(spec.data_type), "int32"), "float32", 1))
 
 

@@ -18,9 +18,10 @@ from tvm.script.ir_builder import tirx as builder
 from kbitc.quant.packing import GROUP, LANES, UNIT
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.isa import Isa
+from kbitc.targets.kernels.packed import WeightSpec, declare_bias, declare_weight
 from kbitc.targets.kernels.tasks import clamp, store_channels
-from kbitc.targets.kernels.wgemm import Decoder, WgemmSpec, weight_arguments
-from kbitc.targets.lower.contraction import ConvAttributes
+from kbitc.targets.kernels.wgemm import Decoder
+from kbitc.targets.lower.contraction import ConvAttributes, PostFunction
 
 Expr = Any
 Buffer = Any
@@ -34,16 +35,19 @@ class GroupedSpec:
     """A grouped convolution.
 
     Attributes:
-        weight: the weight; its `rows` are not used.
+        weight: the weight.
         image: (B, H, W) of the activation, without border.
         out: (height, width) of the output.
         attributes: geometry; more than one group.
+        bias, post: as in `QgemmSpec`.
     """
 
-    weight: WgemmSpec
+    weight: WeightSpec
     image: tuple[Dim, Dim, Dim]
     out: tuple[Dim, Dim]
     attributes: ConvAttributes
+    bias: bool = False
+    post: PostFunction | None = None
 
 
 def make_grouped_conv(spec: GroupedSpec, isa: Isa, name: str) -> Any:
@@ -63,8 +67,8 @@ class _Generator:
         self.out_height, self.out_width = (dims(d) for d in spec.out)
         in_channels = weight.channels * spec.attributes.group
         self.x = v.argument("x", (self.batch, self.height, self.width, in_channels), "float32")
-        args = weight_arguments(weight)
-        self.bias = args.bias
+        args = declare_weight(weight)
+        self.bias = declare_bias(weight, spec.bias)
         self.out = v.argument("out", (self.batch, self.out_height, self.out_width, weight.outputs), "float32")
         self.decoder = Decoder(weight, self.isa, args)
         tiles = weight.output_tiles
@@ -165,5 +169,5 @@ class _Generator:
             value = v.get(held, lanes)
             if self.bias is not None:
                 value = value + v.load(self.bias, [tile * LANES + part * lanes], lanes)
-            value = v.bind(clamp(v.bind(value), weight.post, lanes))
+            value = v.bind(clamp(v.bind(value), self.spec.post, lanes))
             store_channels(self.out, pixel, tile, part, value, weight.outputs, lanes)

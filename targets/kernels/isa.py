@@ -59,7 +59,7 @@ def feed_of(data_type: Format, *, signed: bool) -> Feed:
     if affine and step in (1, 2):
         if not signed or step * (len(levels) - 1) < 128:
             return Feed(bias=-levels[0], shift=step - 1)
-        return Feed(bias=-levels[0] - 128, flip=0x80)
+        return Feed(bias=-levels[0] - 128, shift=step - 1, flip=0x80)
     bias = 0 if signed else 128
     return Feed(bias=bias, table=tuple((level + bias) % 256 for level in levels))
 

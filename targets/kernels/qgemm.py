@@ -20,10 +20,10 @@ from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
+from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_bias, declare_weight
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
 from kbitc.targets.lower.contraction import PostFunction
@@ -34,52 +34,21 @@ Buffer = Any
 UNROLLED_STEPS = 16
 
 
-@dataclass(frozen=True)
-class QgemmSpec:
-    """What a kernel computes, apart from the instruction set.
+@dataclass(frozen=True, kw_only=True)
+class QgemmSpec(WeightSpec):
+    """What a kernel computes, apart from the instruction set: the weight, and
 
     Attributes:
-        rows: where the rows of the activation lie and how many there are.
-        channels: C of the weight [N, T, C].
-        outputs: N.
-        taps: T.
-        data_type: format of the codes.
-        block: channels per activation and weight scale; C when the weight has one scale a channel or none.
-        scale_per_block: weight scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
-        scale_dtype: "float16" or "float32", of the stored weight scales.
-        zero_point: zero points are stored beside the scales (see `isa.stored_bias`).
+        rows: where the rows of the activation lie and how many there are; activation scales have the weight's blocks.
         bias: a float32 [Np] is added.
         post: clamp after the bias.
         accumulators: also write the int32 accumulators [M, T * CB, N].
     """
 
     rows: MatmulRows | ConvRows
-    channels: int
-    outputs: int
-    taps: int
-    data_type: Format
-    block: int
-    scale_per_block: bool
-    scale_dtype: str
-    zero_point: bool = False
     bias: bool = False
     post: PostFunction | None = None
     accumulators: bool = False
-
-    @property
-    def blocks(self) -> int:
-        """CB, blocks along C within a tap."""
-        return -(-self.channels // self.block)
-
-    @property
-    def padded_channels(self) -> int:
-        """Cp."""
-        return round_up(self.channels, UNIT)
-
-    @property
-    def output_tiles(self) -> int:
-        """Np / 16."""
-        return round_up(self.outputs, LANES) // LANES
 
 
 @dataclass
@@ -89,9 +58,7 @@ class _Arguments:
     codes: Buffer
     act_scales: Buffer
     sums: Buffer
-    packed: Buffer
-    scales: Buffer
-    zeros: Buffer | None
+    weight: WeightArguments
     bias: Buffer | None
     out: Buffer
     accumulators: Buffer | None
@@ -152,18 +119,13 @@ class _Generator:
     def _arguments(self, dims: v.DimVars) -> Callable[[], _Arguments]:
         """Declare the arguments; what is returned makes the views of them."""
         spec, rows = self.spec, self.rows
-        bits, tiles = spec.data_type.bits, spec.output_tiles
-        taps, blocks = (spec.taps, spec.blocks) if spec.scale_per_block else (1, 1)
         activation = (
             ("codes", spec.padded_channels, "int8"),
             ("act_scales", spec.blocks, "float32"),
             ("sums", spec.blocks, "int32"),
         )
         given = [v.argument(name, (*rows.source_shape, width), dtype) for name, width, dtype in activation]
-        packed = v.argument("packed", packed_shape(spec.outputs, spec.taps, spec.channels, bits), "uint8")
-        scales = v.argument("scales", (tiles, taps, blocks, LANES), spec.scale_dtype)
-        zeros = v.argument("zeros", (tiles, taps, blocks, LANES), "uint8") if spec.zero_point else None
-        bias = v.argument("bias", (tiles * LANES,), "float32") if spec.bias else None
+        weight, bias = declare_weight(spec), declare_bias(spec, spec.bias)
         out = v.argument("out", (*rows.out_shape, spec.outputs), "float32")
         each = (spec.taps * spec.blocks, spec.outputs)
         raw = v.argument("accumulators", (*rows.out_shape, *each), "int32") if spec.accumulators else None
@@ -175,7 +137,7 @@ class _Generator:
             )
             results = v.view(out, (rows.count, spec.outputs), "float32")
             accumulators = None if raw is None else v.view(raw, (rows.count, *each), "int32")
-            return _Arguments(codes, act_scales, sums, packed, scales, zeros, bias, results, accumulators)
+            return _Arguments(codes, act_scales, sums, weight, bias, results, accumulators)
 
         return views
 
@@ -291,7 +253,7 @@ class _Block:
         g, isa, tile = self.g, self.g.isa, self.tile
         acc = dict(acc)
         units = {
-            (i, p): unit_codes(isa, g.spec.data_type.bits, g.args.packed, [tile.first + i, self.tap, unit], p)
+            (i, p): unit_codes(isa, g.spec.data_type.bits, g.args.weight.packed, [tile.first + i, self.tap, unit], p)
             for i in range(tile.tiles)
             for p in range(isa.parts)
         }
@@ -315,14 +277,14 @@ class _Block:
         scales = {}
         for i in range(tile.tiles):
             for p in range(isa.parts):
-                stored = v.load(g.args.scales, [tile.first + i, tap, at, p * lanes], lanes)
+                stored = v.load(g.args.weight.scales, [tile.first + i, tap, at, p * lanes], lanes)
                 scales[i, p] = v.bind(isa.widen(stored) if g.spec.scale_dtype == "float16" else stored)
         for r, source in enumerate(self.source):
             act_scale = v.bind(v.splat(g.args.act_scales[source, block], lanes))
             for i in range(tile.tiles):
                 for p in range(isa.parts):
                     exact = acc[r, i, p]
-                    if g.args.zeros is not None:
+                    if g.args.weight.zeros is not None:
                         exact = v.bind(
                             exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes)
                         )
@@ -336,5 +298,5 @@ class _Block:
     def _zero_level(self, i: int, p: int, tap: Expr, at: Expr) -> Expr:
         """The zero point as it is fed: int32 vector."""
         lanes = self.g.isa.lanes
-        stored = v.load(self.g.args.zeros, [self.tile.first + i, tap, at, p * lanes], lanes)
+        stored = v.load(self.g.args.weight.zeros, [self.tile.first + i, tap, at, p * lanes], lanes)
         return v.cast(stored, "int32", lanes) - v.full(self.g.zero_shift, "int32", lanes)

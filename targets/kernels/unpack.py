@@ -17,14 +17,14 @@ from tvm.script.ir_builder import tirx as builder
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.isa import Isa
-from kbitc.targets.kernels.rows import MatmulRows
-from kbitc.targets.kernels.wgemm import Decoder, WgemmSpec, weight_arguments
+from kbitc.targets.kernels.packed import WeightSpec, declare_weight
+from kbitc.targets.kernels.wgemm import Decoder
 
 Expr = Any
 Buffer = Any
 
 
-def merged(spec: WgemmSpec) -> WgemmSpec:
+def merged(spec: WeightSpec) -> WeightSpec:
     """The specification with the taps as channels, where one scale serves them all; else unchanged."""
     if spec.scale_per_block:
         return spec
@@ -32,20 +32,19 @@ def merged(spec: WgemmSpec) -> WgemmSpec:
     return replace(spec, taps=1, channels=channels, block=channels)
 
 
-def make_unpack(spec: WgemmSpec, isa: Isa, name: str) -> Any:
+def make_unpack(spec: WeightSpec, isa: Isa, name: str) -> Any:
     """The PrimFunc: packed codes, scales, zero points (if any) -> f32 [tiles, T * C, 16]; lanes beyond N are 0.
 
     Args:
-        spec: the weight; its rows, bias and clamp are not used.
+        spec: the weight.
         isa: instruction set.
         name: name of the function.
     """
-    spec = replace(spec, rows=MatmulRows((1,)), bias=False, post=None)
     return v.kernel(name, lambda: _emit(spec, isa))
 
 
-def _emit(spec: WgemmSpec, isa: Isa) -> None:
-    args = weight_arguments(spec)
+def _emit(spec: WeightSpec, isa: Isa) -> None:
+    args = declare_weight(spec)
     out = v.argument("out", (spec.output_tiles, spec.taps * spec.channels, LANES), "float32")
     decoder = Decoder(spec, isa, args)
     whole, rest = divmod(spec.channels, UNIT)

@@ -1,7 +1,7 @@
-"""Weight-only matrix product and convolution: float activations by packed k-bit weights.
+"""Weight-only matrix product: float activations by packed k-bit weights of one tap.
 
-    out[m, n] = sum over taps t, then channels c, in order, of x[row(m, t), c] * w[n, t, c]         float32
-    w[n, t, c] = f32(grid[code] - grid[zero_point]) * scale[n, t, block of c]
+    out[m, n] = sum over channels c, in order, of x[m, c] * w[n, c]         float32
+    w[n, c] = f32(grid[code] - grid[zero_point]) * scale[n, block of c]
 
 A weight is dequantized in registers to the very float32 that ONNX DequantizeLinear gives (the scale is multiplied
 in before the sum, not after a block), and then used by all rows of the register tile. Each product and sum may be
@@ -15,12 +15,12 @@ from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import Isa, feed_of, level_bytes, stored_bias, unit_codes
-from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_bias, declare_weight
+from kbitc.targets.kernels.rows import MatmulRows
 from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
 from kbitc.targets.lower.contraction import PostFunction
 
@@ -28,68 +28,19 @@ Expr = Any
 Buffer = Any
 
 
-@dataclass(frozen=True)
-class WgemmSpec:
-    """What a kernel computes; the fields are those of `QgemmSpec` that remain.
+@dataclass(frozen=True, kw_only=True)
+class WgemmSpec(WeightSpec):
+    """What a kernel computes: the weight, whose T is 1, and `rows`, `bias` and `post` as in `QgemmSpec`."""
 
-    Attributes:
-        rows: where the rows of the activation lie; a convolution reads an activation with its border in memory.
-        channels, outputs, taps: C, N, T of the weight.
-        data_type: format of the codes.
-        block: channels per weight scale; C when there is one scale a channel.
-        scale_per_block: weight scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
-        scale_dtype: "float16" or "float32".
-        zero_point, bias, post: as in `QgemmSpec`.
-    """
-
-    rows: MatmulRows | ConvRows
-    channels: int
-    outputs: int
-    taps: int
-    data_type: Format
-    block: int
-    scale_per_block: bool
-    scale_dtype: str
-    zero_point: bool = False
+    rows: MatmulRows
     bias: bool = False
     post: PostFunction | None = None
-
-    @property
-    def output_tiles(self) -> int:
-        """Np / 16."""
-        return round_up(self.outputs, LANES) // LANES
-
-    @property
-    def scale_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the stored scales."""
-        blocks = -(-self.channels // self.block)
-        return self.output_tiles, *((self.taps, blocks) if self.scale_per_block else (1, 1)), LANES
-
-
-@dataclass
-class WeightArguments:
-    """The buffers of a packed weight."""
-
-    packed: Buffer
-    scales: Buffer
-    zeros: Buffer | None
-    bias: Buffer | None
-
-
-def weight_arguments(spec: WgemmSpec) -> WeightArguments:
-    """Declare the arguments of the weight: packed, scales, zero points (if any), bias f32 [Np] (if any)."""
-    shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
-    packed = v.argument("packed", shape, "uint8")
-    scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)
-    zeros = v.argument("zeros", spec.scale_shape, "uint8") if spec.zero_point else None
-    bias = v.argument("bias", (spec.output_tiles * LANES,), "float32") if spec.bias else None
-    return WeightArguments(packed, scales, zeros, bias)
 
 
 class Decoder:
     """Turns packed codes into float32 weights, one vector of output channels at a time."""
 
-    def __init__(self, spec: WgemmSpec, isa: Isa, args: WeightArguments) -> None:
+    def __init__(self, spec: WeightSpec, isa: Isa, args: WeightArguments) -> None:
         self.spec = spec
         self.isa = isa
         self.args = args
@@ -139,17 +90,16 @@ class Decoder:
 
 @dataclass
 class _Tile:
-    """One register tile: source rows at tap 0, output rows, first 16-channel tile, sums by (row, tile, part)."""
+    """One register tile: its rows, first 16-channel tile, sums by (row, tile, part)."""
 
-    base: list[Expr]
-    out_rows: list[Expr]
+    rows: list[Expr]
     first: Expr
     tiles: int
     sums: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
 
 
 def make_wgemm(spec: WgemmSpec, isa: Isa, name: str) -> Any:
-    """The PrimFunc: x f32 [*rows, C], the arguments of the weight, out f32 [*out rows, N]."""
+    """The PrimFunc: x f32 [*rows, C], the arguments of the weight, bias f32 [Np] (if any), out f32 [*rows, N]."""
     return v.kernel(name, lambda: _Generator(spec, isa).emit())
 
 
@@ -163,54 +113,48 @@ class _Generator:
     def emit(self) -> None:
         """Arguments, then statements."""
         spec = self.spec
-        self.rows = spec.rows.with_dims(v.DimVars())
-        x = v.argument("x", (*self.rows.source_shape, spec.channels), "float32")
-        weight = weight_arguments(spec)
-        self.bias = weight.bias
-        out = v.argument("out", (*self.rows.out_shape, spec.outputs), "float32")
+        rows = spec.rows.with_dims(v.DimVars())
+        x = v.argument("x", (*rows.source_shape, spec.channels), "float32")
+        weight = declare_weight(spec)
+        self.bias = declare_bias(spec, spec.bias)
+        out = v.argument("out", (*rows.out_shape, spec.outputs), "float32")
         with v.root():
-            self.x = v.view(x, (self.rows.source_rows, spec.channels), "float32")
-            self.out = v.view(out, (self.rows.count, spec.outputs), "float32")
+            self.x = v.view(x, (rows.count, spec.channels), "float32")
+            self.out = v.view(out, (rows.count, spec.outputs), "float32")
             self.decoder = Decoder(spec, self.isa, weight)
-            row_tasks(
-                self.rows.count, (self.isa.rows, self.isa.tiles), self.isa.vector_tiles, spec.output_tiles, self._tile
-            )
+            row_tasks(rows.count, (self.isa.rows, self.isa.tiles), self.isa.vector_tiles, spec.output_tiles, self._tile)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from zero to its results in memory."""
         self.decoder.prepare()
-        out_rows = [v.bind(row + r) for r in range(rows)]
-        tile = _Tile([v.held_index(self.rows.base(m)) for m in out_rows], out_rows, first, tiles)
+        tile = _Tile([v.bind(row + r) for r in range(rows)], first, tiles)
         lanes = self.isa.lanes
         for key in self._keys(tile):
             tile.sums[key] = v.register(lanes, "float32")
             v.put(tile.sums[key], v.full(0.0, "float32", lanes), lanes)
-        v.loop(self.spec.taps, lambda tap: self._tap(tile, tap))
+        self._units(tile)
         for r, i, p in self._keys(tile):
             value = v.get(tile.sums[r, i, p], lanes)
             start = (tile.first + i) * LANES + p * lanes
             if self.bias is not None:
                 value = value + v.load(self.bias, [start], lanes)
             value = v.bind(clamp(v.bind(value), self.spec.post, lanes))
-            store_channels(self.out, [tile.out_rows[r]], tile.first + i, p, value, self.spec.outputs, lanes)
+            store_channels(self.out, [tile.rows[r]], tile.first + i, p, value, self.spec.outputs, lanes)
 
     def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
-        return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
+        return [(r, i, p) for r in range(len(tile.rows)) for i in range(tile.tiles) for p in range(self.isa.parts)]
 
-    def _tap(self, tile: _Tile, tap: Expr) -> None:
+    def _units(self, tile: _Tile) -> None:
         """Half units in order, so that every block is whole half units whatever its size."""
         half = UNIT // 2
-        offset = self.rows.tap_offset(tap)
-        source = [v.held_index(base + offset) for base in tile.base] if self.spec.taps > 1 else tile.base
         whole, rest = divmod(self.spec.channels, UNIT)
-        v.loop(whole, lambda unit: self._unit(tile, tap, source, unit, (half, half)))
+        v.loop(whole, lambda unit: self._unit(tile, unit, (half, half)))
         if rest:
-            counts = (min(rest, half), max(0, rest - half))
-            self._unit(tile, tap, source, v.i64(whole), counts)
+            self._unit(tile, v.i64(whole), (min(rest, half), max(0, rest - half)))
 
-    def _unit(self, tile: _Tile, tap: Expr, source: list[Expr], unit: Expr, counts: tuple[int, int]) -> None:
+    def _unit(self, tile: _Tile, unit: Expr, counts: tuple[int, int]) -> None:
         """One unit, of whose halves `counts` channels are real."""
-        half, block = UNIT // 2, self.spec.block
+        half, block, tap = UNIT // 2, self.spec.block, v.i64(0)
         for i in range(tile.tiles):
             for p in range(self.isa.parts):
                 codes = self.decoder.codes(tile.first + i, tap, unit, p)
@@ -221,12 +165,11 @@ class _Generator:
                     at = v.bind(tirx.truncdiv(start, v.i64(block)))
                     scale = self.decoder.scale(tile.first + i, tap, at, p)
                     zero = self.decoder.zero(tile.first + i, tap, at, p)
-                    self._half(tile, source, (i, p), codes, (h, count, start), (zero, scale))
+                    self._half(tile, (i, p), codes, (h, count, start), (zero, scale))
 
     def _half(
         self,
         tile: _Tile,
-        source: list[Expr],
         key: tuple[int, int],
         codes: UnitCodes,
         place: tuple[int, int, Expr],
@@ -235,12 +178,12 @@ class _Generator:
         """Up to 16 channels that share a scale, for one vector of output channels and all rows."""
         lanes = self.isa.lanes
         half, count, start = place
-        sums = [v.get(tile.sums[r, *key], lanes) for r in range(len(source))]
+        sums = [v.get(tile.sums[r, *key], lanes) for r in range(len(tile.rows))]
         for c in range(count):
             if c % GROUP == 0:
                 fed = self.decoder.fed(codes, half * (STEPS // 2) + c // GROUP)
             weight = self.decoder.weight(fed, c % GROUP, *block)
-            for r, row in enumerate(source):
+            for r, row in enumerate(tile.rows):
                 sums[r] = v.bind(sums[r] + v.splat(self.x[row, start + c], lanes) * weight)
         for r, value in enumerate(sums):
             v.put(tile.sums[r, *key], value, lanes)

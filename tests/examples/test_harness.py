@@ -11,10 +11,12 @@ import pytest
 class Clock:
     """Time that passes only when a contestant works."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.now = 0.0
         self.calls: list[str] = []
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.now)
+
+    def read(self) -> float:
+        return self.now
 
     def contestant(self, name: str, seconds: float) -> Callable[[], None]:
         def work() -> None:
@@ -24,16 +26,18 @@ class Clock:
         return work
 
 
-def test_contestants_take_turns_and_each_starts_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    timing = harness.interleave({name: clock.contestant(name, 0.5) for name in "abc"}, rounds=3, warmup=0)
+def test_contestants_take_turns_and_each_starts_a_round() -> None:
+    clock = Clock()
+    contestants = {name: clock.contestant(name, 0.5) for name in "abc"}
+    timing = harness.interleave(contestants, rounds=3, warmup=0, clock=clock.read)
     assert "".join(clock.calls[-9:]) == "abc" + "bca" + "cab"
     assert timing.seconds == {name: [0.5, 0.5, 0.5] for name in "abc"}
 
 
-def test_a_fast_callable_is_repeated_until_a_sample_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    timing = harness.interleave({"fast": clock.contestant("fast", harness.MINIMUM_SAMPLE / 8)}, rounds=2, warmup=1)
+def test_a_fast_callable_is_repeated_until_a_sample_is_long_enough() -> None:
+    clock = Clock()
+    contestants = {"fast": clock.contestant("fast", harness.MINIMUM_SAMPLE / 8)}
+    timing = harness.interleave(contestants, rounds=2, warmup=1, clock=clock.read)
     assert len(clock.calls) == 1 + harness.ESTIMATES + 2 * 8
     assert timing.median("fast") == pytest.approx(harness.MINIMUM_SAMPLE / 8)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kbitc.targets.cpu.rules.quantized import IntegerProduct
+from kbitc.targets.cpu.rules.quantized import INTEGER_PRODUCT
 from kbitc.targets.lower.contraction import RELU, ConvAttributes, PostFunction
 from kbitc.targets.target import host_runs, parse_target
 from tests.support import kernels
@@ -17,7 +17,7 @@ from tests.support.qemu import need_runner
 
 VBMI, VNNI, AVX2, NEON = "x86:avx512vbmi", "x86:avx512vnni", "x86:avx2", "arm-neon:dotprod"
 RANDOM = np.random.default_rng(7)
-RULE = IntegerProduct()
+RULE = INTEGER_PRODUCT
 
 
 def product(name: str, scheme: str, size: tuple[int, int, int], x: Any = None, weight: Any = None, **more: Any) -> Case:

@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kbitc.errors import InternalError
-from kbitc.targets.cpu.rules.quantized import bordered, cached, rows_of
+from kbitc.targets.cpu.rules.quantized import bordered
 from kbitc.targets.kernels.fbatch import BatchSpec, make_fbatch, make_transposed
 from kbitc.targets.kernels.fdepthwise import DepthwiseSpec, make_fdepthwise
 from kbitc.targets.kernels.fgemm import FgemmSpec, make_fgemm, pack_bias, pack_float
 from kbitc.targets.kernels.ftile import registers_of
 from kbitc.targets.lower.contraction import Contraction, EmitContext
+from kbitc.targets.rules.product import rows_of
+from kbitc.targets.rules.weights import cached
 from kbitc.targets.target import Target
 
 RelaxExpr = Any

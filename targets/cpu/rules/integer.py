@@ -16,7 +16,6 @@ import numpy.typing as npt
 from kbitc.errors import InternalError
 from kbitc.quant.levels import LevelTensor
 from kbitc.quant.packing import LANES, UNIT, pack_codes, pack_per_channel
-from kbitc.targets.cpu.rules.quantized import cached, rows_of
 from kbitc.targets.kernels.byte_border import make_byte_border
 from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot
 from kbitc.targets.kernels.ibatch import IbatchSpec, make_ibatch, make_pack
@@ -34,6 +33,8 @@ from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.requantize import PARTS, arrays, channel_places, epilogue_of
 from kbitc.targets.kernels.rows import ConvRows
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes, EmitContext
+from kbitc.targets.rules.product import rows_of
+from kbitc.targets.rules.weights import cached
 from kbitc.targets.target import Target
 
 RelaxExpr = Any

@@ -18,10 +18,12 @@ from kbitc.quant.packing import LANES, round_up
 from kbitc.quant.scheme import Granularity
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.cpu.rules.float import depthwise_kernel, product_kernel
-from kbitc.targets.cpu.rules.quantized import bordered, cached, quantized_weight, stored, weight_only_spec
+from kbitc.targets.cpu.rules.quantized import bordered
 from kbitc.targets.kernels.isa import isa_of
+from kbitc.targets.kernels.packed import WeightSpec, weight_fields
 from kbitc.targets.kernels.unpack import make_unpack, merged
 from kbitc.targets.lower.contraction import Contraction, EmitContext
+from kbitc.targets.rules.weights import cached, quantized_weight, stored
 from kbitc.targets.target import Target
 
 RelaxExpr = Any
@@ -73,7 +75,7 @@ def _unpacked(ctx: EmitContext, contraction: Contraction) -> RelaxExpr:
     weight = quantized_weight(contraction)
     key = ("unpacked", id(weight))
     if key not in ctx.memo:
-        spec = merged(weight_only_spec(contraction, weight))
+        spec = merged(WeightSpec(**weight_fields(weight)))
         isa = isa_of(ctx.target)
         func = cached(ctx, ("unpack", repr(spec), isa.name), lambda: make_unpack(spec, isa, "unpack"))
         given = [ctx.weight(f"{contraction.name}.{part}", array) for part, array in stored(taps_merged(weight))]

@@ -9,10 +9,10 @@ from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.packing import LANES, packed_shape
 from kbitc.targets.cuda.kernels import threads as t
 from kbitc.targets.cuda.kernels.levels import zero_shift
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.packed import declare_bias, declare_weight
 from kbitc.targets.kernels.qgemm import QgemmSpec
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import clamp
@@ -58,8 +58,6 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
     """
     dims = v.DimVars()
     rows = spec.rows.with_dims(dims)
-    tiles = spec.output_tiles
-    taps, blocks = (spec.taps, spec.blocks) if spec.scale_per_block else (1, 1)
 
     by_row = (
         ("codes", spec.padded_channels, "int8"),
@@ -67,11 +65,7 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
         ("sums", spec.blocks, "int32"),
     )
     given = [v.argument(name, (*rows.source_shape, width), dtype) for name, width, dtype in by_row]
-    shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
-    packed = v.argument("packed", shape, "uint8")
-    scales = v.argument("scales", (tiles, taps, blocks, LANES), spec.scale_dtype)
-    zeros = v.argument("zeros", (tiles, taps, blocks, LANES), "uint8") if spec.zero_point else None
-    bias = v.argument("bias", (tiles * LANES,), "float32") if spec.bias else None
+    weight, bias = declare_weight(spec), declare_bias(spec, spec.bias)
     out = v.argument("out", (*rows.out_shape, spec.outputs), "float32")
     accumulators = None
     if spec.accumulators:
@@ -87,7 +81,8 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
         if accumulators is not None:
             accumulators = t.view(accumulators, (rows.count, spec.taps * spec.blocks, spec.outputs), "int32")
         shift = zero_shift(spec.data_type)
-        yield Arguments(rows, codes, act_scales, sums, packed, scales, zeros, bias, out, accumulators, shift)
+        held = (weight.packed, weight.scales, weight.zeros, bias)
+        yield Arguments(rows, codes, act_scales, sums, *held, out, accumulators, shift)
 
 
 def finish_value(args: Arguments, spec: QgemmSpec, value: Expr, channel: Expr) -> Expr:

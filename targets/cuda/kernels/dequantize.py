@@ -10,50 +10,17 @@ from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.format import Format
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, packed_shape, round_up
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.cuda.intrin.prmt import u32
 from kbitc.targets.cuda.kernels import levels
 from kbitc.targets.cuda.kernels import threads as t
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.codes import UnitCodes
+from kbitc.targets.kernels.packed import WeightSpec, declare_weight
 
 Expr = Any
 Buffer = Any
 BLOCK_THREADS = 256
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """A packed weight.
-
-    Attributes:
-        outputs, taps, channels: N, T, C.
-        data_type: format of the codes.
-        block: channels per scale within a tap.
-        scale_per_block: scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
-        scale_dtype: "float16" or "float32".
-        zero_point: zero points are stored beside the scales.
-    """
-
-    outputs: int
-    taps: int
-    channels: int
-    data_type: Format
-    block: int
-    scale_per_block: bool
-    scale_dtype: str
-    zero_point: bool
-
-    @property
-    def tiles(self) -> int:
-        """Np / 16."""
-        return round_up(self.outputs, LANES) // LANES
-
-    @property
-    def units(self) -> int:
-        """Cp / 32."""
-        return round_up(self.channels, UNIT) // UNIT
 
 
 @dataclass
@@ -75,7 +42,7 @@ class Packed:
 
         fed = v.bind(levels.one_step(spec.data_type, UnitCodes(spec.data_type.bits, word), step))
         # A block never ends inside a step; padding beyond C uses the last block's scale.
-        block = t.at_most((unit * UNIT + step * GROUP) // spec.block, -(-spec.channels // spec.block) - 1)
+        block = t.at_most((unit * UNIT + step * GROUP) // spec.block, spec.blocks - 1)
         where = (tile, tap, v.bind(block), lane) if spec.scale_per_block else (tile, v.i64(0), v.i64(0), lane)
         zero: Expr = tirx.const(levels.feed_of(spec.data_type).bias, "int32")
         if self.zeros is not None:
@@ -92,18 +59,14 @@ def _signed_byte(word: Expr, j: int) -> Expr:
 
 def declare_packed(spec: WeightSpec) -> Packed:
     """Declare codes, scales and zero points as the next arguments of the open function."""
-    codes = v.argument("packed", packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits), "uint8")
-    blocks = -(-spec.channels // spec.block)
-    shape = (spec.tiles, spec.taps, blocks, LANES) if spec.scale_per_block else (spec.tiles, 1, 1, LANES)
-    scales = v.argument("scales", shape, spec.scale_dtype)
-    zeros = v.argument("zeros", shape, "uint8") if spec.zero_point else None
-    return Packed(spec, codes, scales, zeros)
+    made = declare_weight(spec)
+    return Packed(spec, made.packed, made.scales, made.zeros)
 
 
 def view_words(packed: Packed) -> None:
     """Look at the codes as words; call it inside the body."""
     spec = packed.spec
-    shape = (spec.tiles * spec.taps, spec.units, spec.data_type.bits, LANES)
+    shape = (spec.output_tiles * spec.taps, spec.units, spec.data_type.bits, LANES)
     packed.words = t.view(packed.codes, shape, "uint32")
 
 
@@ -115,7 +78,7 @@ def make_dequantize(spec: WeightSpec, name: str) -> Any:
         out = v.argument("out", (spec.taps, spec.channels, spec.outputs), "float32")
         with v.root():
             view_words(packed)
-            total = spec.tiles * spec.taps * spec.units * STEPS * LANES
+            total = spec.output_tiles * spec.taps * spec.units * STEPS * LANES
             with t.launch((-(-total // BLOCK_THREADS),), BLOCK_THREADS) as ((group,), thread):
                 index = v.bind(group * BLOCK_THREADS + thread)
                 v.when(index < v.i64(total) if total % BLOCK_THREADS else True, lambda: _write(packed, out, index))

@@ -6,49 +6,25 @@ A *code word* is a uint32 whose four bytes are codes; words of two neighbouring 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from kbitc.quant.format import Format
 from kbitc.targets.cuda.intrin.prmt import HALF_TABLE, TABLE, prmt, table_words, u32
+from kbitc.targets.kernels import isa
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.codes import UnitCodes
-from kbitc.targets.kernels.isa import stored_bias
+from kbitc.targets.kernels.isa import Feed, stored_bias
 
 Expr = Any
 ONES = 0x01010101
 SIGNS = 0x80808080
 
 
-@dataclass(frozen=True)
-class Feed:
-    """How codes become signed bytes: fed byte = level + bias.
-
-    Attributes:
-        bias: what is fed minus the level.
-        shift: left shift of a code, 1 for levels two apart.
-        flip: whether the top bit is inverted (8-bit codes, which do not fit a signed byte as they are).
-        table: the levels by code when they are not equally spaced, else None.
-    """
-
-    bias: int
-    shift: int = 0
-    flip: bool = False
-    table: tuple[int, ...] | None = None
-
-
 def feed_of(data_type: Format) -> Feed:
-    """The cheapest feed of a format."""
-    levels = data_type.levels
-    step = levels[1] - levels[0]
-    equal = levels == tuple(levels[0] + step * i for i in range(len(levels)))
-    if not equal or step not in (1, 2):
-        return Feed(bias=0, table=levels)
-    if step * (len(levels) - 1) < 128:
-        return Feed(bias=-levels[0], shift=step - 1)
-    return Feed(bias=-levels[0] - 128, flip=True)
+    """The feed of a format: dp4a and mma read signed bytes."""
+    return isa.feed_of(data_type, signed=True)
 
 
 def zero_shift(data_type: Format) -> int:
@@ -97,7 +73,7 @@ def _look_up_16(table: tuple[int, ...], nibbles: Expr) -> tuple[Expr, Expr]:
     prmt takes its selectors from consecutive nibbles, so it looks up (low, high) of two bytes at a time;
     two more prmt sort the results. Bit 3 of a code chooses between the two halves of the table.
     """
-    words = [u32(word) for word in table_words(np.array(table, np.int8))]
+    words = [u32(word) for word in table_words(np.array(table, np.uint8).view(np.int8))]
     low_bits = v.bind(nibbles & u32(0x77777777))
     halves = []
     choice = None

@@ -16,8 +16,9 @@ from tvm import tirx
 
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
 from kbitc.targets.cuda.kernels import threads as t
-from kbitc.targets.cuda.kernels.dequantize import Packed, WeightSpec, declare_packed, view_words
+from kbitc.targets.cuda.kernels.dequantize import Packed, declare_packed, view_words
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.packed import WeightSpec
 from kbitc.targets.kernels.tasks import clamp
 from kbitc.targets.lower.contraction import ConvAttributes, PostFunction
 
@@ -72,7 +73,7 @@ def make_sgemm(spec: SgemmSpec, name: str) -> Any:
             right = declare_packed(spec.weight)
         else:
             right = v.argument("w", b_shape or (spec.taps, x_shape[-1], out_shape[-1]), "float32")
-        bias_length = out_shape[-1] if spec.weight is None else spec.weight.tiles * LANES
+        bias_length = out_shape[-1] if spec.weight is None else spec.weight.output_tiles * LANES
         bias = v.argument("bias", (bias_length,), "float32") if spec.bias else None
         out = v.argument("out", out_shape, "float32")
         with v.root():
@@ -215,7 +216,7 @@ class _Block:
         """Each thread unpacks one step (four of K) of one channel n: 4 steps by 64 channels. Padding codes of C meet
         zeros on the left; tiles past N are read as the last one and not stored."""
         n, quarter = v.bind(self.thread % TILE_N), v.bind(self.thread // TILE_N)
-        tile = v.bind(t.at_most((self.column + n) // LANES, packed.spec.tiles - 1))
+        tile = v.bind(t.at_most((self.column + n) // LANES, packed.spec.output_tiles - 1))
         step = v.bind(c % UNIT // GROUP + quarter)
         values = packed.four(tile, tap, v.bind(c // UNIT), v.bind(step % STEPS), v.bind(n % LANES))
         for j, value in enumerate(values):

@@ -11,35 +11,19 @@ from tvm import s_tir, te, tirx
 
 from kbitc.errors import InternalError
 from kbitc.quant.packing import LANES, round_up
-from kbitc.quant.scheme import Granularity
 from kbitc.quant.tensor import QTensor
-from kbitc.targets.cpu.rules.quantized import SCALE_DTYPES, cached, quantized_weight, weight_parameters
-from kbitc.targets.cuda.kernels.dequantize import WeightSpec, make_dequantize, make_embedding
+from kbitc.targets.cuda.kernels.dequantize import make_dequantize, make_embedding
 from kbitc.targets.cuda.kernels.sgemm import SgemmSpec, make_sgemm
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.packed import WeightSpec, weight_fields
 from kbitc.targets.lower.contraction import Contraction, EmitContext
 from kbitc.targets.rules.base import KIND
+from kbitc.targets.rules.weights import cached, quantized_weight, weight_parameters
 from kbitc.targets.target import Target
 
 RelaxExpr = Any
 TeTensor = Any
 Expr = Any
-
-
-def weight_spec(weight: QTensor) -> WeightSpec:
-    """What the kernels need to know of a packed weight."""
-    n, taps, channels = weight.shape
-    scheme = weight.scheme
-    return WeightSpec(
-        outputs=n,
-        taps=taps,
-        channels=channels,
-        data_type=weight.format,
-        block=min(weight.block, channels),
-        scale_per_block=scheme.granularity is Granularity.BLOCK,
-        scale_dtype=SCALE_DTYPES[scheme.scale_type],
-        zero_point=weight.zero_points is not None,
-    )
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class QuantizedEmbedding:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """One kernel."""
         weight = quantized_weight(contraction)
-        spec, lead, dtype = weight_spec(weight), contraction.x_shape, contraction.index_dtype
+        spec, lead, dtype = WeightSpec(**weight_fields(weight)), contraction.x_shape, contraction.index_dtype
         name = f"embedding_{weight.format.name}{weight.bits}"
         func = cached(
             ctx, ("cuda", name, repr(spec), repr(lead), dtype), lambda: make_embedding(spec, lead, dtype, name)
@@ -92,7 +76,7 @@ class FloatProduct:
             out_shape=contraction.out_shape,
             conv=contraction.conv,
             taps=1 if weight is None else weight.shape[1],
-            weight=weight_spec(weight) if isinstance(weight, QTensor) else None,
+            weight=WeightSpec(**weight_fields(weight)) if isinstance(weight, QTensor) else None,
             b_shape=contraction.b_shape if weight is None else None,
             transpose_b=contraction.transpose_b,
             bias=contraction.bias is not None,
@@ -128,7 +112,7 @@ class GroupedConvolution:
         """A TE kernel; the schedule rules bind its threads."""
         weight = contraction.weight
         if isinstance(weight, QTensor):
-            spec = weight_spec(weight)
+            spec = WeightSpec(**weight_fields(weight))
             name = f"dequantize_{weight.format.name}{weight.bits}"
             unpack = cached(ctx, ("cuda", name, repr(spec)), lambda: make_dequantize(spec, name))
             count = 3 if spec.zero_point else 2
@@ -239,5 +223,3 @@ def _padded(x: TeTensor, pads: tuple[int, int, int, int]) -> Callable[..., Expr]
         return tirx.if_then_else(inside, x[b, y - top, across - left, c], tirx.const(0.0, "float32"))
 
     return read
-
-

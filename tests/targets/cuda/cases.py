@@ -33,12 +33,16 @@ class Product:
 
 
 def make_weight(rng: np.random.Generator, n: int, taps: int, c: int, scheme: str, values: str = "random") -> Any:
-    """A QTensor with random codes, scales of its type and random zero points."""
+    """A QTensor with random codes, scales of its type and random zero points; "learned4:b32" has a table of its own."""
+    from kbitc.quant.format import Format
     from kbitc.quant.scheme import QuantScheme
     from kbitc.quant.tensor import QTensor, scale_shape
 
-    parsed = QuantScheme.parse(scheme)
+    parsed = QuantScheme.parse(scheme.replace("learned", "int"))
     data_type = parsed.data_type()
+    if scheme.startswith("learned"):
+        levels = np.sort(rng.integers(-128, 128, 2**parsed.bits))
+        data_type = Format("learned", parsed.bits, tuple(int(level) for level in levels), uniform=False)
     top = 2**data_type.bits
     codes = rng.integers(0, top, (n, taps, c)).astype(np.uint8)
     if values == "extreme":
@@ -83,8 +87,8 @@ def specification(case: Product, weight: Any, *, accumulators: bool = True) -> t
     """(QgemmSpec, QuantizeSpec) of a case."""
     from tvm import tirx
 
-    from kbitc.quant.scheme import Granularity
     from kbitc.targets.kernels.dynamic_quantize import QuantizeSpec
+    from kbitc.targets.kernels.packed import weight_fields
     from kbitc.targets.kernels.qgemm import QgemmSpec
     from kbitc.targets.kernels.rows import ConvRows, MatmulRows
     from kbitc.targets.lower.contraction import RELU, ConvAttributes
@@ -102,11 +106,8 @@ def specification(case: Product, weight: Any, *, accumulators: bool = True) -> t
         rows = ConvRows(sizes[0], sizes[3], sizes[4], sizes[5], sizes[6], geometry)
         quant = QuantizeSpec(tuple(sizes[:3]), case.c, block, geometry.pads, (sizes[3], sizes[4]))
     spec = QgemmSpec(
-        rows, case.c, case.n, weight.shape[1], weight.format, block,
-        weight.scheme.granularity is Granularity.BLOCK, f"float{weight.scheme.scale_type.value[1:]}",
-        zero_point=weight.zero_points is not None, bias=True, post=RELU if case.m % 2 else None,
-        accumulators=accumulators,
-    )  # fmt: skip
+        **weight_fields(weight), rows=rows, bias=True, post=RELU if case.m % 2 else None, accumulators=accumulators
+    )
     return spec, quant
 
 

@@ -27,6 +27,13 @@ CONV = [
 ]
 
 
+LEARNED = [Product(f"learned{k}:b32", m, 17, 50) for k in (1, 2, 3, 4, 5, 6, 8) for m in (2, 6)]
+
+
+def test_tables_of_any_levels_are_exact(emulator: Emulator) -> None:
+    assert emulator.run(cases.check_products, LEARNED, "any") == []
+
+
 def test_vector_kernel_is_exact(emulator: Emulator) -> None:
     assert emulator.run(cases.check_products, GEMV, "gemv") == []
 

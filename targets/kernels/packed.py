@@ -1,0 +1,101 @@
+"""A packed weight as every kernel sees it: what it is, and the arguments that hold it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import LANES, UNIT, packed_shape, round_up
+from kbitc.quant.scheme import Granularity, ScaleType
+from kbitc.quant.tensor import QTensor
+from kbitc.targets.kernels import vector as v
+
+Buffer = Any
+SCALE_DTYPES = {ScaleType.F16: "float16", ScaleType.F32: "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSpec:
+    """A packed weight [N, T, C].
+
+    Attributes:
+        outputs, taps, channels: N, T, C.
+        data_type: format of the codes.
+        block: channels per weight scale; C when there is one scale a channel or none.
+        scale_per_block: scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
+        scale_dtype: "float16" or "float32", of the stored scales.
+        zero_point: zero points are stored beside the scales (see `isa.stored_bias`).
+    """
+
+    outputs: int
+    taps: int
+    channels: int
+    data_type: Format
+    block: int
+    scale_per_block: bool
+    scale_dtype: str
+    zero_point: bool = False
+
+    @property
+    def blocks(self) -> int:
+        """CB, blocks along C within a tap."""
+        return -(-self.channels // self.block)
+
+    @property
+    def padded_channels(self) -> int:
+        """Cp."""
+        return round_up(self.channels, UNIT)
+
+    @property
+    def units(self) -> int:
+        """Cp / 32."""
+        return self.padded_channels // UNIT
+
+    @property
+    def output_tiles(self) -> int:
+        """Np / 16."""
+        return round_up(self.outputs, LANES) // LANES
+
+    @property
+    def scale_shape(self) -> tuple[int, int, int, int]:
+        """Shape of the stored scales."""
+        return self.output_tiles, *((self.taps, self.blocks) if self.scale_per_block else (1, 1)), LANES
+
+
+def weight_fields(weight: QTensor) -> dict[str, Any]:
+    """The fields of `WeightSpec` for a weight, also for the specifications that add to them."""
+    n, taps, channels = weight.shape
+    return {
+        "outputs": n,
+        "taps": taps,
+        "channels": channels,
+        "data_type": weight.format,
+        "block": min(weight.block, channels),
+        "scale_per_block": weight.scheme.granularity is Granularity.BLOCK,
+        "scale_dtype": SCALE_DTYPES[weight.scheme.scale_type],
+        "zero_point": weight.zero_points is not None,
+    }
+
+
+@dataclass
+class WeightArguments:
+    """The buffers of a packed weight: codes uint8 [Np/16, T, Cp/32, k, 64], scales and, if any, zero points uint8."""
+
+    packed: Buffer
+    scales: Buffer
+    zeros: Buffer | None
+
+
+def declare_weight(spec: WeightSpec) -> WeightArguments:
+    """Declare codes, scales and zero points (if any) as the next arguments of the open function."""
+    shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
+    packed = v.argument("packed", shape, "uint8")
+    scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)
+    zeros = v.argument("zeros", spec.scale_shape, "uint8") if spec.zero_point else None
+    return WeightArguments(packed, scales, zeros)
+
+
+def declare_bias(spec: WeightSpec, bias: bool) -> Buffer | None:
+    """Declare the bias f32 [Np], if there is one, as the next argument."""
+    return v.argument("bias", (spec.output_tiles * LANES,), "float32") if bias else None

@@ -49,7 +49,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
             "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."
         ),
         click.option("--solver", help="rtn, mse_clip, gptq, ...  [default: gptq with --calibration, else rtn]"),
-        click.option("--equalize", metavar="A,B", help="none, or some of: bias_correction.  [default: as --solver]"),
+        click.option("--equalize", metavar="A,B", help="smoothquant, hadamard, ... or none; see docs/solvers.md."),
         click.option("--sequential", is_flag=True, help="Calibrate each layer on the output of quantized ones."),
         click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off."),
         click.option("--dump-dir", type=click.Path(path_type=Path), help="Folder for what each stage leaves."),

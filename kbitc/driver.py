@@ -202,7 +202,8 @@ def quantize_prepared(
         weights = account(solved, plan, kinds)
     if options.activation == UINT8:
         with trace.stage("plan activations"):
-            plan, weights = plan_static(prepared, plan, solved.tensors, weights, options)
+            samples = replace(prepared, original=solved.model)
+            plan, weights = plan_static(samples, plan, solved.tensors, weights, options)
     trace.dump("05-plan.json", plan.text)
     with trace.stage("rewrite"):
         quantized = rewrite(solved.model, plan, solved.tensors, kinds)

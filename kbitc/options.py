@@ -26,6 +26,8 @@ SOLVERS = "kbitc.passes.solvers"
 EQUALIZERS = "kbitc.passes.equalize"
 CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
 CALIBRATED_EQUALIZERS = ("bias_correction",)
+#: The solver of this name is half of a method; the other half is the equalizer of this name.
+AWQ = "awq"
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,12 @@ class CompileOptions:
     def method(self, calibrated: bool) -> Method:
         """How weights are solved, with or without calibration data."""
         solver = self.solver or (CALIBRATED_SOLVER if calibrated else DATA_FREE_SOLVER)
-        equalizers = CALIBRATED_EQUALIZERS if calibrated else ()
-        return Method(solver, equalizers if self.equalize is None else self.equalize, self.sequential)
+        equalizers = self.equalize
+        if equalizers is None:
+            equalizers = CALIBRATED_EQUALIZERS if calibrated else ()
+        if solver == AWQ and AWQ not in equalizers:
+            equalizers = (AWQ, *equalizers)
+        return Method(solver, equalizers, self.sequential)
 
     @property
     def scheme_text(self) -> str:

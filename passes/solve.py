@@ -11,10 +11,11 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc import catalog
+from kbitc.errors import UsageError
 from kbitc.graph import edit, ops
-from kbitc.options import Method
+from kbitc.options import EQUALIZERS, SOLVERS, Method
 from kbitc.passes.calibrate.moments import Reader, in_groups, moments, readers
-from kbitc.passes.equalize import bias_correction
+from kbitc.passes.equalize import Setting, bias_correction
 from kbitc.passes.solvers import rtn
 from kbitc.quant.metrics import sqnr_db
 from kbitc.quant.moments import InputMoments
@@ -24,7 +25,9 @@ from kbitc.report import Fit
 
 FloatArray = npt.NDArray[np.float32]
 Feeds = Mapping[str, npt.NDArray[Any]]
-SOLVERS = "kbitc.passes.solvers"
+BIAS_CORRECTION = "bias_correction"
+#: Equalizers that do nothing without calibration data.
+NEED_DATA = ("awq", "smoothquant")
 #: Parts into which `sequential` cuts the layers of a model.
 PARTS = 12
 
@@ -56,6 +59,7 @@ def solve_weights(
         feeds: calibration batches; without them the solvers work from the weights alone.
         progress: told what is being done.
     """
+    model = equalized(model, plan, kinds, method, feeds, progress)
     work = _Work(model, kinds, method, progress)
     nodes = {node.name: node for node in model.graph}
     entries = [entry for entry in plan.quantized() if 0 not in entry.shape]
@@ -69,6 +73,30 @@ def solve_weights(
             work.solve(reader.tensor, schemes[reader.tensor], inputs.get(reader.tensor))
             work.correct(reader, inputs.get(reader.tensor))
     return Solved(work.model, {name: work.tensors[name] for name in schemes}, work.fits)
+
+
+def equalized(
+    model: ir.Model,
+    plan: QuantPlan,
+    kinds: Mapping[str, str],
+    method: Method,
+    feeds: Sequence[Feeds],
+    progress: Callable[[str], None],
+) -> ir.Model:
+    """The model after the equalizers of the method; the same object when there are none but bias correction.
+
+    Raises:
+        UsageError: an equalizer needs calibration data and there are none.
+    """
+    names = [name for name in method.equalizers if name != BIAS_CORRECTION]
+    missing = [name for name in names if name in NEED_DATA and not feeds]
+    if missing:
+        raise UsageError(f"{missing[0]} looks at activations", remedy="give --calibration DATA")
+    copy = model.clone() if names else model
+    for name in names:
+        progress(f"equalize: {name}")
+        catalog.find(EQUALIZERS, name, "equalizer").equalize(Setting(copy, plan, kinds, feeds))
+    return copy
 
 
 def _watch(
@@ -120,7 +148,7 @@ class _Work:
         Only what this weight's own rounding takes from the mean is given back. What comes in from earlier layers is
         theirs to correct: layers of one group are watched together and would each correct it once more.
         """
-        if "bias_correction" not in self.method.equalizers or inputs is None or len(reader.nodes) != 1:
+        if BIAS_CORRECTION not in self.method.equalizers or inputs is None or len(reader.nodes) != 1:
             return
         amount = bias_correction.shift(self.view(reader.tensor), self.tensors[reader.tensor], inputs)
         if amount.any():

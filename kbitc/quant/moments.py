@@ -22,12 +22,14 @@ class InputMoments:
         second: f32 [G, K, K], E[x x^T] (not centred).
         mean: f32 [G, K], E[x].
         mean_abs: f32 [G, K], E[|x|].
+        peak: f32 [G, K], max |x|.
         count: number of rows behind the means.
     """
 
     second: FloatArray
     mean: FloatArray
     mean_abs: FloatArray
+    peak: FloatArray
     count: int
 
     @property

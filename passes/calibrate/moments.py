@@ -145,11 +145,12 @@ def _geometry(node: ir.Node) -> tuple[object, ...]:
 
 @dataclass
 class _Sums:
-    """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]."""
+    """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]; peak f32 [G, K]."""
 
     second: npt.NDArray[np.float64]
     first: npt.NDArray[np.float64]
     absolute: npt.NDArray[np.float64]
+    peak: npt.NDArray[np.float32]
     count: int = 0
 
     @property
@@ -160,7 +161,8 @@ class _Sums:
     @classmethod
     def zeros(cls, groups: int, size: int) -> _Sums:
         """Nothing added yet."""
-        return cls(np.zeros((groups, size, size)), np.zeros((groups, size)), np.zeros((groups, size)))
+        rows = (groups, size)
+        return cls(np.zeros((*rows, size)), np.zeros(rows), np.zeros(rows), np.zeros(rows, np.float32))
 
     def add(self, found: Array) -> None:
         """Take in rows f32 [G, rows, K]; rows that are not finite are left out."""
@@ -171,11 +173,13 @@ class _Sums:
             self.second += part.transpose(0, 2, 1) @ part
             ones = np.ones((1, part.shape[1]), np.float32)
             self.first += (ones @ part)[:, 0]
-            self.absolute += (ones @ np.abs(part))[:, 0]
+            magnitude = np.abs(part)
+            self.absolute += (ones @ magnitude)[:, 0]
+            np.maximum(self.peak, magnitude.max(axis=1), out=self.peak)
             self.count += part.shape[1]
 
     def finish(self) -> InputMoments:
         """The sums over the number of rows."""
         arrays = (self.second, self.first, self.absolute)
         second, mean, mean_abs = ((total / self.count).astype(np.float32) for total in arrays)
-        return InputMoments(second, mean, mean_abs, self.count)
+        return InputMoments(second, mean, mean_abs, self.peak, self.count)

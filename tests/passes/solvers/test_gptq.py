@@ -15,7 +15,8 @@ from kbitc.quant.scheme import QuantScheme
 
 def inputs_of(x: np.ndarray) -> InputMoments:
     second = (x.T @ x / len(x)).astype(np.float32)
-    return InputMoments(second[None], x.mean(0)[None].astype(np.float32), np.abs(x).mean(0)[None].astype(np.float32), 1)
+    size = np.abs(x)[None].astype(np.float32)
+    return InputMoments(second[None], x.mean(0)[None].astype(np.float32), size.mean(1), size.max(1), 1)
 
 
 def correlated(size: int, seed: int = 0) -> np.ndarray:

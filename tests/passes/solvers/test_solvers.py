@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -28,7 +30,7 @@ def problem(groups: int = 1, n: int = 12, taps: int = 2, channels: int = 40) -> 
     x = rng.normal(size=(groups, 400, size // 4)) @ rng.normal(size=(groups, size // 4, size)) * 0.3
     x = np.maximum(x + rng.normal(size=(groups, 400, size)) * 0.2, 0).astype(np.float32)
     second = x.transpose(0, 2, 1) @ x / x.shape[1]
-    return weight, InputMoments(second, x.mean(1), np.abs(x).mean(1), x.shape[1])
+    return weight, InputMoments(second, x.mean(1), np.abs(x).mean(1), np.abs(x).max(1), x.shape[1])
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -75,7 +77,8 @@ def test_grouped_inputs_are_solved_group_by_group(name: str) -> None:
     whole = solve(weight, scheme, inputs).dequantize()
     for group in range(3):
         part = slice(group, group + 1)
-        alone = InputMoments(inputs.second[part], inputs.mean[part], inputs.mean_abs[part], inputs.count)
+        first = (inputs.mean[part], inputs.mean_abs[part], inputs.peak[part])
+        alone = InputMoments(inputs.second[part], *first, inputs.count)
         rows = slice(4 * group, 4 * group + 4)
         one = alone.output_power(weight[rows] - solve(weight[rows], scheme, alone).dequantize())
         together = alone.output_power(weight[rows] - whole[rows])
@@ -90,7 +93,7 @@ def test_zero_weights_and_dead_inputs(name: str) -> None:
     second = inputs.second.copy()
     second[:, :10] = 0
     second[:, :, :10] = 0
-    dead = InputMoments(second, inputs.mean, inputs.mean_abs, inputs.count)
+    dead = replace(inputs, second=second)
     found = catalog.find("kbitc.passes.solvers", name, "solver").solve(weight, QuantScheme.parse("int3:b32"), dead)
     value = found.dequantize()
     assert not value[1].any() and np.isfinite(value).all()

@@ -330,6 +330,17 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     yield from list(model.graph.all_nodes())
 
 
+def holders(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
+    """For each node of `graph`, and of the graphs inside its nodes, the node of `graph` itself that it belongs to."""
+    found: dict[ir.Node, ir.Node] = {}
+    for node in graph:
+        found[node] = node
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+                found.update(dict.fromkeys(attribute.as_graph().all_nodes(), node))
+    return found
+
+
 def name_nodes(model: ir.Model) -> bool:
     """Give each node a name of its own: nameless ones that of their first output. True when one was renamed."""
     taken: set[str] = set()

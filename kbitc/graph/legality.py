@@ -144,11 +144,10 @@ LOWERABLE: dict[str, Predicate] = {
     "Unsqueeze": _constant_inputs(1),
 }
 
-_UNROLLED = "its number of steps must be known and at most 128; bind the input shapes with --shape"
 #: Operators that canonicalisation replaces in some forms, and what the others lack.
 _FORMS = {
     "If": "its condition must be known, or its branches alike and safe; bind inputs with --shape or --constant",
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), _UNROLLED),
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), "the size of its state must be known: the shape of R"),
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kbitc.graph import ops
+from kbitc.graph import edit, ops
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ def survey(model: ir.Model) -> list[Candidate]:
     """Candidates in graph order, one per weight initializer (tied weights appear once)."""
     found: dict[str, tuple[str, list[ir.Node]]] = {}
     obstacles: dict[str, str] = {}
-    for node in model.graph:
+    for node in edit.all_nodes(model):
         use = ops.WEIGHT_USES.get(node.op_type)
         if use is None or node.domain != "":
             continue
         weight, kind = ops.weight_source(node)
-        if weight is None or weight.name is None:
+        if weight is None or weight.name is None or weight.graph is not model.graph:
             continue
         reason = ops.reason_not_quantizable(node)
         known = found.setdefault(weight.name, (kind, []))

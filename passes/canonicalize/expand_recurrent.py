@@ -1,4 +1,4 @@
-"""Unrolls LSTM, GRU and RNN over a known number of steps."""
+"""Takes LSTM, GRU and RNN apart: unrolled where they have few steps, else as a Scan."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kbitc.graph import dims, edit
 from kbitc.graph.edit import all_nodes, constant, describe, is_op
 from kbitc.passes.base import PassResult
 
-#: A longer sequence would make a graph, and a compilation, without measure.
-MAX_STEPS = 128
+#: Longer sequences would make large graphs, and long compilations.
+MAX_UNROLLED = 16
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 _DEFAULT_ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 #: Activations that take alpha and beta, and their defaults (ONNX, RNN; those without a default there are 1 and 0).
@@ -39,17 +39,18 @@ NewState = tuple[ir.Value, "ir.Value | None"]
 @dataclass(frozen=True)
 class ExpandRecurrent:
     """Before: `LSTM(X, W, R, B, lengths, h, c, P)`, `GRU(...)`, `RNN(...)`, of any direction and layout.
-    After: one MatMul of all steps of X by W, and for each step a MatMul of the state by R and the gates' formulas.
+    After: one MatMul of all steps of X by W, and for each step a MatMul of the state by R and the gates' formulas; when
+    the number of steps is over `max_unrolled` or not known, these are the body of a Scan.
 
     All steps share one R, so that it is quantized once. Steps behind a sequence's end keep the state and give 0.
 
-    Keeps the node when the number of steps is not known or over `max_steps`: it is refused later, by name.
+    Keeps the node when the size of its state is not known: it is refused later, by name.
 
     Args:
-        max_steps: most steps that are unrolled.
+        max_unrolled: most steps that are unrolled.
     """
 
-    max_steps: int = MAX_STEPS
+    max_unrolled: int = MAX_UNROLLED
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass.
@@ -62,8 +63,8 @@ class ExpandRecurrent:
             if not is_op(node, *_GATES) or node.graph is None or not all(node.inputs[:3]):
                 continue
             cell = _Cell(node)
-            if cell.steps is not None and 0 < cell.steps <= self.max_steps and cell.size:
-                cell.expand()
+            if cell.size:
+                cell.expand(unroll=cell.steps is not None and 0 < cell.steps <= self.max_unrolled)
                 modified = True
         return PassResult(model, modified)
 
@@ -88,11 +89,12 @@ class _Cell:
     """One node on its way to plain operators; the letters are those of ONNX's specification of LSTM, GRU and RNN."""
 
     def __init__(self, node: ir.Node) -> None:
-        self.node = node
+        self.node = self.anchor = node
+        self.prefix = node.name or next(value.name for value in node.outputs if value.name) or node.op_type
         self.batch_first = node.attributes.get_int("layout", 0) == 1
         self.gates = _GATES[node.op_type]
         x, r = (dims.of(node.inputs[index]) for index in (0, 2))
-        steps = x[1 if self.batch_first else 0] if x is not None else None
+        steps, self.batch = (None, None) if x is None else (x[1], x[0]) if self.batch_first else (x[0], x[1])
         self.steps = steps if isinstance(steps, int) else None
         size = r[2] if r is not None else None
         self.size = size if isinstance(size, int) else 0
@@ -105,19 +107,22 @@ class _Cell:
     # Making nodes
 
     def make(self, op_type: str, *inputs: ir.Value | None, **attrs: Any) -> ir.Value:
-        return edit.insert_before(self.node, op_type, inputs, name=f"{self._name}.{op_type}", **attrs)
+        return edit.insert_before(self.anchor, op_type, inputs, name=f"{self.prefix}.{op_type}", **attrs)
 
     def split(self, value: ir.Value, axis: int, sizes: Sequence[int]) -> list[ir.Value]:
         if len(sizes) == 1:
             return [value]
-        where = self.number(np.asarray(sizes, np.int64))
-        first = self.make("Split", value, where, axis=axis, outputs=len(sizes))
+        if len(set(sizes)) == 1:  # shape inference knows no constants from outside a Scan: state no sizes
+            first = self.make("Split", value, axis=axis, outputs=len(sizes), num_outputs=len(sizes))
+        else:
+            where = self.number(np.asarray(sizes, np.int64))
+            first = self.make("Split", value, where, axis=axis, outputs=len(sizes))
         maker = first.producer()
         return list(maker.outputs) if maker is not None else []
 
     def number(self, array: np.ndarray | float) -> ir.Value:
         made = np.asarray(array, np.float32) if isinstance(array, float) else array
-        return edit.add_initializer(edit.root_graph(self.node), f"{self._name}.constant", made)
+        return edit.add_initializer(edit.root_graph(self.node), f"{self.prefix}.constant", made)
 
     def squeeze(self, value: ir.Value, axis: int) -> ir.Value:
         return self.make("Squeeze", value, self.number(np.array([axis])))
@@ -127,10 +132,6 @@ class _Cell:
 
     def concat(self, values: list[ir.Value], axis: int) -> ir.Value:
         return values[0] if len(values) == 1 else self.make("Concat", *values, axis=axis)
-
-    @property
-    def _name(self) -> str:
-        return self.node.name or next(value.name for value in self.node.outputs if value.name) or self.node.op_type
 
     def optional(self, index: int) -> ir.Value | None:
         return self.node.inputs[index] if index < len(self.node.inputs) else None
@@ -174,15 +175,16 @@ class _Cell:
 
     # The whole
 
-    def expand(self) -> None:
+    def expand(self, *, unroll: bool) -> None:
         parts = self._parts()
-        masks = self._masks()
+        mask = self._mask(parts[0].wx)
         each = len(self.activations) // self.count
         outputs, finals = [], []
         for index, part in enumerate(parts):
             functions = self.activations[index * each : (index + 1) * each]
             backward = self.direction == "reverse" or index == 1
-            output, final = self._run(part, functions, masks, backward)
+            run = self._unrolled if unroll else self._scan
+            output, final = run(part, functions, mask, backward)
             outputs.append(self.unsqueeze(output, 1))
             finals.append(final)
         results = [self.concat(outputs, 1)]
@@ -240,33 +242,85 @@ class _Cell:
         zero = self.number(np.zeros(self.size, np.float32))
         return self.make("Add", of_w, self.concat([gates, zero], 0)), hidden
 
-    def _masks(self) -> list[ir.Value] | None:
-        """For each step, bool [batch, 1]: the sequence is not over yet. None where all have full length."""
+    def _mask(self, wx: ir.Value) -> ir.Value | None:
+        """bool [steps, batch, 1]: the sequence is not over yet. None where all have full length."""
         lengths = self.optional(4)
         known = constant(lengths)
-        if lengths is None or (known is not None and bool((known >= (self.steps or 0)).all())):
+        if lengths is None or (known is not None and self.steps is not None and bool((known >= self.steps).all())):
             return None
-        column = self.unsqueeze(lengths, 1)
-        return [self.make("Less", self.number(np.array(step, np.int32)), column) for step in range(self.steps or 0)]
+        steps = self.squeeze(self.make("Shape", wx, start=0, end=1), 0)
+        zero, one = (self.number(np.array(number)) for number in (0, 1))
+        row = self.make("Unsqueeze", self.make("Range", zero, steps, one), self.number(np.array([1, 2])))
+        column = self.make("Unsqueeze", self.make("Cast", lengths, to=ir.DataType.INT64), self.number(np.array([0, 2])))
+        return self.make("Less", row, column)
 
-    def _run(
-        self, part: _Parts, functions: list[Activation], masks: list[ir.Value] | None, backward: bool
+    def _unrolled(
+        self, part: _Parts, functions: list[Activation], mask: ir.Value | None, backward: bool
     ) -> tuple[ir.Value, State]:
         """All steps of one direction: hidden states [steps, batch, H] in the order of X, and the last state."""
         steps = self.steps or 0
-        inputs = [self.squeeze(value, 0) for value in self.split(part.wx, 0, [1] * steps)]
+        inputs, masks = (
+            [self.squeeze(item, 0) for item in self.split(value, 0, [1] * steps)]
+            if value is not None
+            else [None] * steps
+            for value in (part.wx, mask)
+        )
         state, outputs = part.state, {}
-        one_step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self.node.op_type]
         for step in reversed(range(steps)) if backward else range(steps):
-            hidden, cell = one_step(inputs[step], state, part, functions)
-            output = hidden
-            if masks is not None:
-                output = self._where(masks[step], hidden, None)
-                hidden = self._where(masks[step], hidden, state[0])
-                cell = None if cell is None else self._where(masks[step], cell, state[1])
-            state = hidden, cell
+            output, state = self._step(inputs[step] or part.wx, state, part, functions, masks[step])
             outputs[step] = self.unsqueeze(output, 0)
         return self.concat([outputs[step] for step in range(steps)], 0), state
+
+    def _scan(
+        self, part: _Parts, functions: list[Activation], mask: ir.Value | None, backward: bool
+    ) -> tuple[ir.Value, State]:
+        """As `_unrolled`, for any number of steps."""
+        prefix, self.prefix = self.prefix, f"{self.prefix}.{'backward' if backward else 'forward'}"
+        count = 2 if self.node.op_type == "LSTM" else 1
+        states = [part.state[place] or self._zeros(part.wx) for place in range(count)]
+        series = [part.wx] if mask is None else [part.wx, mask]
+        inner = [self._inner(place, self.size) for place in range(count)]
+        inner += [self._inner(count, self.gates * self.size), self._inner(count + 1, 1, ir.DataType.BOOL)][
+            : len(series)
+        ]
+        self.anchor = ir.Node("", "Identity", inner[:1])
+        body = ir.Graph(inner, [], nodes=[self.anchor], opset_imports={}, name=f"{self.prefix}.body")
+        state = inner[0], inner[1] if count == 2 else None
+        output, new = self._step(inner[count], state, part, functions, inner[-1] if mask is not None else None)
+        if output is new[0]:
+            output = self.make("Identity", output)
+        body.outputs.extend([*(value for value in new if value is not None), output])
+        body.remove(self.anchor)
+        self.anchor = self.node
+        directions = {"scan_input_directions": [1] * len(series), "scan_output_directions": [1]} if backward else {}
+        first = self.make(
+            "Scan", *states, *series, outputs=count + 1, body=body, num_scan_inputs=len(series), **directions
+        )
+        self.prefix = prefix
+        maker = first.producer()
+        found = list(maker.outputs) if maker is not None else []
+        return found[count], (found[0], found[1] if count == 2 else None)
+
+    def _inner(self, place: int, width: int, kind: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """An input [batch, width] of the graph of one step."""
+        shape = ir.Shape([self.batch, width])
+        return ir.Value(name=f"{self.prefix}.in{place}", type=ir.TensorType(kind), shape=shape)
+
+    def _zeros(self, wx: ir.Value) -> ir.Value:
+        """f32 [batch, H]."""
+        batch = self.make("Shape", wx, start=1, end=2)
+        return self.make("ConstantOfShape", self.concat([batch, self.number(np.array([self.size]))], 0))
+
+    def _step(
+        self, x: ir.Value, state: State, part: _Parts, functions: list[Activation], mask: ir.Value | None
+    ) -> tuple[ir.Value, NewState]:
+        """One step: what it gives [batch, H], and the new state."""
+        one_step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[self.node.op_type]
+        hidden, cell = one_step(x, state, part, functions)
+        if mask is None:
+            return hidden, (hidden, cell)
+        kept = self._where(mask, hidden, state[0])
+        return self._where(mask, hidden, None), (kept, None if cell is None else self._where(mask, cell, state[1]))
 
     def _where(self, mask: ir.Value, new: ir.Value, old: ir.Value | None) -> ir.Value:
         """`new` where the mask holds, elsewhere `old`, or 0 without it."""
@@ -305,21 +359,17 @@ class _Cell:
         """zt, rt = f(.), ht = g(. + (rt Ht-1) Rh^T) or g(. + rt (Ht-1 Rh^T + Rbh)), Ht = (1 - zt) ht + zt Ht-1."""
         f, g = functions
         hidden = state[0]
-        gates, new = self.split(x, 1, [2 * self.size, self.size])
-        product = None
-        if self.reset_after:
-            if hidden is not None:
-                both = self.make("MatMul", hidden, part.recurrent[0])
-                added, product = self.split(both, 1, [2 * self.size, self.size])
-                gates = self.make("Add", gates, added)
-            if part.reset_bias is not None:
-                product = part.reset_bias if product is None else self.make("Add", product, part.reset_bias)
-        else:
-            gates = self._plus_recurrent(gates, hidden, part.recurrent[0])
-        z, r = self.split(f(gates), 1, [self.size] * 2)
+        z, r, new = self.split(x, 1, [self.size] * 3)
+        product = part.reset_bias
+        if hidden is not None:
+            added = self.split(self.make("MatMul", hidden, part.recurrent[0]), 1, [self.size] * (2 + self.reset_after))
+            z, r = self.make("Add", z, added[0]), self.make("Add", r, added[1])
+            if self.reset_after:
+                product = added[2] if product is None else self.make("Add", added[2], product)
+        z, r = f(z), f(r)
         if product is not None:
             new = self.make("Add", new, self.make("Mul", r, product))
-        elif not self.reset_after and hidden is not None:
+        elif hidden is not None:
             new = self._plus_recurrent(new, self.make("Mul", r, hidden), part.recurrent[1])
         result = self.make("Mul", self.make("Sub", self.number(1.0), z), g(new))
         if hidden is not None:

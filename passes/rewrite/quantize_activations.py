@@ -5,7 +5,7 @@ Before:
 After:
     MatMul(kbitc::DynamicQuantize(x, axis = last, block), W)      Conv: axis = 1, the channels of a pixel
 Keeps the graph when the plan says float32. One DynamicQuantize serves every planned user of the same value with
-the same axis and block.
+the same axis and block, in the same graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from kbitc.errors import InternalError
-from kbitc.graph import functions, ops
+from kbitc.graph import edit, functions, ops
 
 
 def quantize_activations(model: ir.Model, blocks: Mapping[str, int]) -> list[str]:
@@ -28,8 +28,8 @@ def quantize_activations(model: ir.Model, blocks: Mapping[str, int]) -> list[str
     Returns:
         Names of the kbitc functions that the graph now needs.
     """
-    made: dict[tuple[ir.Value, int, int], ir.Value] = {}
-    for node in list(model.graph):
+    made: dict[tuple[ir.Graph, ir.Value, int, int], ir.Value] = {}
+    for node in edit.all_nodes(model):
         if node.name is None or node.name not in blocks:
             continue
         use = ops.WEIGHT_USES[node.op_type]
@@ -37,16 +37,17 @@ def quantize_activations(model: ir.Model, blocks: Mapping[str, int]) -> list[str
         if source is None or source.shape is None:
             raise InternalError("activation without a shape reached the rewrite", where=f"node {node.name!r}")
         axis = len(source.shape) - 1 if use.kind == "matmul" else 1
-        key = (source, axis, blocks[node.name])
+        graph = edit.root_graph(node)
+        key = (graph, source, axis, blocks[node.name])
         if key not in made:
-            made[key] = _insert(model.graph, node, source, axis, blocks[node.name])
+            made[key] = _insert(graph, node, source, axis, blocks[node.name])
         node.replace_input_with(use.activation_input or 0, made[key])
     return [functions.DYNAMIC_QUANTIZE] if made else []
 
 
 def _insert(graph: ir.Graph, user: ir.Node, source: ir.Value, axis: int, block: int) -> ir.Value:
     """A DynamicQuantize node in front of its first user."""
-    name = f"{source.name}.dynamic_a{axis}_b{block}"
+    name = f"{source.name}.dynamic_a{axis}_b{block}" if source.graph is graph else f"{user.name}.dynamic_b{block}"
     attributes = {"axis": axis, "after": axis + 1, "block": block}
     node = ir.node(functions.DYNAMIC_QUANTIZE, [source], attributes=attributes, domain=functions.DOMAIN, name=name)
     output = node.outputs[0]

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from kbitc.graph import functions, ops
+from kbitc.graph import edit, functions, ops
 from kbitc.quant.packing import pack_dense
 from kbitc.quant.scales import GROUP
 from kbitc.quant.scheme import Granularity, ScaleCode, ScaleType
@@ -79,7 +79,8 @@ class _Builder:
     def __init__(self, graph: ir.Graph, name: str) -> None:
         self.graph = graph
         self.name = name
-        users = [node for node, _ in graph.initializers[name].uses()]
+        holders = edit.holders(graph)
+        users = [holders[node] for node, _ in graph.initializers[name].uses()]
         self.position = min(users, key=list(graph).index) if users else None
 
     def constant(self, suffix: str, array: npt.NDArray[np.generic]) -> ir.Value:

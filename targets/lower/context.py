@@ -209,9 +209,11 @@ class Context:
         other._values, other._constants = dict(self._values), dict(self._constants)
         return other
 
-    def settle(self, source: ir.Value) -> None:
-        """Write a value to memory that another function will read."""
+    def settle(self, source: ir.Value, *, deferred: bool) -> None:
+        """Write a value to memory that another function will read; with `deferred`, one that waits for a reader too."""
         value = self._values.get(source)
+        if isinstance(value, Deferred) and deferred:
+            value = value.value()
         if isinstance(value, Lazy):
             self._values[source] = self.tensor(value)
 

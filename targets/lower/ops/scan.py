@@ -14,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 from tvm import relax, tirx
 
+from kbitc.graph import ops
 from kbitc.targets.lower import attributes, dims
 from kbitc.targets.lower.context import Context, node_name
 from kbitc.targets.lower.contraction import Dim, RelaxExpr
@@ -45,8 +46,9 @@ class _Loop:
 def scan(ctx: Context, node: ir.Node) -> list[Value]:
     """Scan of opset 9 and later, along axis 0."""
     loop = _loop(ctx, node)
-    for value in _captured(loop.body):
-        ctx.settle(value)
+    for source in _captured(loop.body):
+        # Kernel rules read codes behind a weight that waits; other operators make it, which must not happen inside.
+        ctx.settle(source, deferred=any(use.node.op_type not in ops.WEIGHT_USES for use in source.uses()))
     if ctx.dry:
         return _dry(ctx, loop)
     name = f"{node_name(node)}_step"
@@ -172,8 +174,8 @@ def _steps_function(ctx: Context, loop: _Loop, step: Any, outside: list[RelaxExp
         first = _items(ctx, ctx.emit(relax.Call(this, [relax.ShapeExpr(ranges[0]), *states, *further])), len(types))
         rest = relax.Call(this, [relax.ShapeExpr(ranges[1]), *first[:count], *further])
         second = _items(ctx, ctx.emit(rest), len(types))
-        pairs = zip(first[count:], second[count:], outputs, strict=True)
-        joined = [ctx.builder.match_cast(_joined(inner, *pair, half, length), kind) for *pair, kind in pairs]
+        triples = zip(first[count:], second[count:], outputs, strict=True)
+        joined = [ctx.builder.match_cast(_joined(inner, a, b, half, length), kind) for a, b, kind in triples]
         return ctx.emit(relax.Tuple([*second[:count], *joined]))
 
     def body() -> Any:

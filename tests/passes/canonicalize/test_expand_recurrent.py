@@ -10,9 +10,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from kbitc.errors import ModelError, UnsupportedError
+from kbitc.errors import ModelError
 from kbitc.graph.evaluate import evaluate
-from kbitc.graph.legality import refuse_unlowerable
 from kbitc.importer import load_model
 from kbitc.passes.canonicalize import canonicalize
 
@@ -98,12 +97,25 @@ def test_a_first_step_without_state_costs_no_product() -> None:
     assert Counter(node.op_type for node in model.graph)["MatMul"] == 1
 
 
-@pytest.mark.parametrize("steps", ["T", 129])
-def test_an_open_or_long_sequence_stays(steps: int | str) -> None:
+@pytest.mark.parametrize(("kind", "given", "attributes"), CASES)
+def test_a_sequence_of_open_length_is_scanned(kind: str, given: str, attributes: dict[str, Any]) -> None:
+    """The same with a length that is only known at run time, where the batch is known."""
+    proto = recurrent(kind, steps="T", given=given, **attributes)
+    feeds = {"x": np.random.default_rng(2).normal(size=(STEPS, BATCH, WIDTH)).astype(np.float32)}
+    expected = evaluate(load_model(proto), feeds)
+    model = canonicalize(load_model(proto))
+    counts = Counter(node.op_type for node in model.graph)
+    assert kind not in counts and counts["Scan"] == (2 if attributes.get("direction") == "bidirectional" else 1)
+    found = evaluate(model, feeds)
+    for name, array in expected.items():
+        assert found[name].shape == array.shape
+        assert np.abs(found[name] - array).max() <= TOLERANCE * max(1, np.abs(array).max()), name
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(16, "MatMul"), (17, "Scan")])
+def test_few_steps_are_unrolled(steps: int, kind: str) -> None:
     model = canonicalize(load_model(recurrent("RNN", steps=steps)))
-    assert [node.op_type for node in model.graph] == ["RNN"]
-    with pytest.raises(UnsupportedError, match="cell_node.*number of steps must be known and at most 128.*--shape"):
-        refuse_unlowerable(model)
+    assert Counter(node.op_type for node in model.graph)[kind] == (steps if kind == "MatMul" else 1)
 
 
 def test_an_unknown_activation_is_refused() -> None:

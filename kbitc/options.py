@@ -158,10 +158,8 @@ def from_arguments(
         UsageError: when a value is out of range or two of them contradict.
     """
     budget = make_budget(**limits)
-    if budget.limits_plan and bits is not None:
-        raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
-    if budget.limits_plan and scheme == FLOAT:
-        raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
+    if budget.limits_plan:
+        check_choice(bits, scheme)
     activation = UINT8 if integer_only else parse_activations(activations)
     check_static(activation, act_bits, observer)
     check_splits(centre, proxy, activation, scheme)
@@ -191,6 +189,18 @@ def from_arguments(
         equalize=parse_equalizers(equalize),
         sequential=sequential,
     )
+
+
+def check_choice(bits: int | None, scheme: str | None) -> None:
+    """Refuse options that leave a budget nothing to choose.
+
+    Raises:
+        UsageError: the bits are fixed, or no weight is quantized.
+    """
+    if bits is not None:
+        raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
+    if scheme == FLOAT:
+        raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
 
 
 def check_splits(centre: bool, proxy: float | None, activation: str, scheme: str | None) -> None:

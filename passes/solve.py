@@ -138,7 +138,8 @@ class _Work:
         plain = after = None
         if inputs is not None:
             signal = float(inputs.output_power(weight).sum())
-            old, new = (inputs.output_power(weight - each.dequantize()) for each in (rtn.solve(weight, scheme), tensor))
+            both = rtn.solve(weight, scheme, inputs), tensor
+            old, new = (inputs.output_power(weight - each.dequantize()) for each in both)
             plain, after = sqnr_db(signal, float(old.sum())), sqnr_db(signal, float(new.sum()))
         self.fits[name] = Fit(self.method.solver, plain, after)
 

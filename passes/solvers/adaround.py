@@ -64,7 +64,7 @@ def solve(
         grouped(weight - scales * (low - zeros)), grouped(scales * gap), grouped(share), inputs.second, iterations
     )
     found = replace(start, codes=(below + up.reshape(shape)).astype(np.uint8))
-    return better_rows(weight, inputs, better_rows(weight, inputs, rtn.solve(weight, scheme), start), found)
+    return better_rows(weight, inputs, better_rows(weight, inputs, rtn.solve(weight, scheme, inputs), start), found)
 
 
 def _learn(

@@ -64,7 +64,7 @@ def solve(
     for _ in range(sweeps):
         problem.refit_scales()
         problem.descend()
-    return better_rows(weight, inputs, rtn.solve(weight, scheme), problem.tensor(first))
+    return better_rows(weight, inputs, rtn.solve(weight, scheme, inputs), problem.tensor(first))
 
 
 def better_rows(weight: FloatArray, inputs: InputMoments, plain: QTensor, found: QTensor) -> QTensor:

@@ -23,6 +23,7 @@ from kbitc.passes.solvers._blocks import (
     from_blocks,
     least_squares,
     rebuilt,
+    searchable,
     start_fit,
     to_blocks,
     trials,
@@ -45,9 +46,11 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
     Args:
         weight: f32 [N, T, C], finite.
         scheme: what it becomes.
-        inputs: not looked at.
+        inputs: moments of what it is multiplied with; only a learned table looks at them.
     """
-    first = rtn.solve(weight, scheme)
+    first = rtn.solve(weight, scheme, inputs)
+    if not searchable(scheme):
+        return first
     blocks, begin = to_blocks(weight, scheme), start_fit(first)
     there = to_blocks(np.ones_like(weight), scheme)
     size = max(1, CHUNK // blocks.shape[1])

@@ -29,5 +29,5 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
         scheme: what it becomes.
         inputs: moments of what it is multiplied with; None weighs all errors alike.
     """
-    first = rtn.solve(weight, scheme)
+    first = rtn.solve(weight, scheme, inputs)
     return fit_all(weight, importance_of(weight, inputs), first) if searchable(scheme) else first

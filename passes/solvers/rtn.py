@@ -17,6 +17,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from kbitc.passes.solvers._blocks import importance_of
 from kbitc.quant.format import Format
 from kbitc.quant.learn import data_type_of
 from kbitc.quant.moments import InputMoments
@@ -33,12 +34,13 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
     Args:
         weight: f32 [N, T, C], finite.
         scheme: what it becomes.
-        inputs: not looked at.
+        inputs: moments of what it is multiplied with; only a learned table looks at them.
 
     Returns:
         The codes, with scales already rounded to what the scheme stores.
     """
-    return solve_with(weight, scheme, data_type_of(weight, scheme))
+    importance = None if inputs is None else importance_of(weight, inputs)
+    return solve_with(weight, scheme, data_type_of(weight, scheme, importance))
 
 
 def solve_with(weight: FloatArray, scheme: QuantScheme, data_type: Format) -> QTensor:

@@ -158,8 +158,7 @@ def from_arguments(
         UsageError: when a value is out of range or two of them contradict.
     """
     budget = make_budget(**limits)
-    if budget.limits_plan:
-        check_choice(bits, scheme)
+    check_choice(budget, bits, scheme)
     activation = UINT8 if integer_only else parse_activations(activations)
     check_static(activation, act_bits, observer)
     check_splits(centre, proxy, activation, scheme)
@@ -191,12 +190,14 @@ def from_arguments(
     )
 
 
-def check_choice(bits: int | None, scheme: str | None) -> None:
+def check_choice(budget: Budget, bits: int | None, scheme: str | None) -> None:
     """Refuse options that leave a budget nothing to choose.
 
     Raises:
         UsageError: the bits are fixed, or no weight is quantized.
     """
+    if not budget.limits_plan:
+        return
     if bits is not None:
         raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
     if scheme == FLOAT:

@@ -25,7 +25,8 @@ HALF = 1 << HALF_BITS
 MIN_EXPONENT = -100
 #: Every float32 is a multiple of this power of two, so that sums of them are exact in integers.
 UNIT_EXPONENT = -149
-_CHUNK = 1 << 20
+#: Numbers counted at once: what they need fits a second-level cache.
+_CHUNK = 1 << 17
 
 
 @dataclass

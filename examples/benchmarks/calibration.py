@@ -1,0 +1,100 @@
+"""Peak memory of calibrating a model shaped like BERT-base on 1,000 sequences of 128 tokens.
+
+    python examples/benchmarks/calibration.py                      12 layers of 768, percentile observer
+    python examples/benchmarks/calibration.py --layers 2 --samples 64
+
+The weights are random: memory does not depend on them. The peak is that of the whole process, the model (about 440 MB)
+and onnxruntime's copy of it included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+
+HEADS, VOCABULARY, LENGTH, BATCH = 12, 30522, 128, 8
+BERT_LAYER = """
+    q0{i} = MatMul(x{i}, wq{i})  q1{i} = Add(q0{i}, bq{i})  k0{i} = MatMul(x{i}, wk{i})  k1{i} = Add(k0{i}, bk{i})
+    v0{i} = MatMul(x{i}, wv{i})  v1{i} = Add(v0{i}, bv{i})
+    q2{i} = Reshape(q1{i}, split)  q3{i} = Transpose<perm = [0, 2, 1, 3]>(q2{i})
+    k2{i} = Reshape(k1{i}, split)  k3{i} = Transpose<perm = [0, 2, 3, 1]>(k2{i})
+    v2{i} = Reshape(v1{i}, split)  v3{i} = Transpose<perm = [0, 2, 1, 3]>(v2{i})
+    s0{i} = MatMul(q3{i}, k3{i})  s1{i} = Div(s0{i}, root)  p{i} = Softmax(s1{i})  c0{i} = MatMul(p{i}, v3{i})
+    c1{i} = Transpose<perm = [0, 2, 1, 3]>(c0{i})  c2{i} = Reshape(c1{i}, join)
+    o0{i} = MatMul(c2{i}, wo{i})  o1{i} = Add(o0{i}, bo{i})  r0{i} = Add(o1{i}, x{i})
+    n{i} = LayerNormalization(r0{i}, gain, bias)
+    u0{i} = MatMul(n{i}, wu{i})  u1{i} = Add(u0{i}, bu{i})  g{i} = Gelu(u1{i})
+    d0{i} = MatMul(g{i}, wd{i})  d1{i} = Add(d0{i}, bd{i})  r1{i} = Add(d1{i}, n{i})
+    x{next} = LayerNormalization(r1{i}, gain, bias)"""
+
+
+def bert_shaped(layers: int, width: int) -> onnx.ModelProto:
+    """An encoder with random weights: i64 ids [N, S] -> f32 [N, S, width]."""
+    body = "".join(BERT_LAYER.format(i=i, next=i + 1) for i in range(layers))
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (int64[N, S] ids) => (float[N, S, {width}] x{layers}) {{'
+    model = onnx.parser.parse_model(f"{text} x0 = Gather(table, ids) {body} }}")
+    rng = np.random.default_rng(0)
+    arrays = {
+        "table": rng.standard_normal((VOCABULARY, width), np.float32),
+        "gain": np.ones(width, np.float32), "bias": np.zeros(width, np.float32),
+        "root": np.array(np.sqrt(width / HEADS), np.float32),
+        "split": np.array([0, 0, HEADS, width // HEADS]), "join": np.array([0, 0, width]),
+    }  # fmt: skip
+    for i in range(layers):
+        for name, (rows, columns) in {
+            "q": (1, 1),
+            "k": (1, 1),
+            "v": (1, 1),
+            "o": (1, 1),
+            "u": (1, 4),
+            "d": (4, 1),
+        }.items():
+            shape = (rows * width, columns * width)
+            arrays[f"w{name}{i}"] = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(shape[0]))
+            arrays[f"b{name}{i}"] = rng.standard_normal(shape[1], np.float32)
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    return model
+
+
+def main() -> None:
+    """Calibrate and print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--observer", default="percentile")
+    options = parser.parse_args()
+    from kbitc import catalog
+    from kbitc.importer import load_model
+    from kbitc.passes.allocate.static import observable
+    from kbitc.passes.calibrate.collect import collect
+    from kbitc.passes.canonicalize import canonicalize
+
+    model = canonicalize(load_model(bert_shaped(options.layers, options.width)))
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (options.samples, LENGTH))
+    feeds = ({"ids": ids[start : start + BATCH]} for start in range(0, len(ids), BATCH))
+    start = time.perf_counter()
+    stats = collect(model, observable(model), feeds)
+    observe = catalog.find("kbitc.passes.observers", options.observer, "observer").observe
+    ranges = {name: observe(item, 256) for name, item in stats.values.items()}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+    print(
+        json.dumps(
+            {
+                "layers": options.layers, "width": options.width, "samples": options.samples, "length": LENGTH,
+                "observer": options.observer, "values": len(ranges), "peak_gib": round(peak, 2),
+                "seconds": round(time.perf_counter() - start),
+            }
+        )
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -77,7 +77,7 @@ def session(node: Any, inputs: dict[str, FloatArray], weights: dict[str, FloatAr
     return lambda: made.run(None, inputs)[0]
 
 
-def kernel(contraction: Any, inputs: list[FloatArray], target: Any) -> Callable[[], Any]:
+def kernel(contraction: Any, inputs: list[npt.NDArray[Any]], target: Any) -> Callable[[], Any]:
     """A call of the kernel that the first rule of the target emits for a contraction."""
     import tvm
     from tvm import relax
@@ -86,7 +86,7 @@ def kernel(contraction: Any, inputs: list[FloatArray], target: Any) -> Callable[
     from kbitc.targets.lower.context import Context
 
     ctx = Context(target)
-    variables = [relax.Var(f"x{i}", relax.TensorType(array.shape, "float32")) for i, array in enumerate(inputs)]
+    variables = [relax.Var(f"x{i}", relax.TensorType(array.shape, str(array.dtype))) for i, array in enumerate(inputs)]
     rule = next(r for r in target.contraction_rules() if r.match(contraction, target) is None)
     with ctx.builder.function("main"):
         with ctx.builder.dataflow():

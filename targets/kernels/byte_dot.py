@@ -159,3 +159,8 @@ def byte_dot(dot: str) -> ByteDot:
     """The dot product of a target by its dot instruction (`Target.dot`)."""
     sets: dict[str, type[ByteDot]] = {"vpdpbusd": Vnni, "vpmaddwd": Maddwd, "sdot": Sdot, "": ByteDot}
     return sets[dot]()
+
+
+def signed_word(word: int) -> int:
+    """32 bits as the int32 that has them."""
+    return word - 2**32 if word >= 2**31 else word

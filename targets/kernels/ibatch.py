@@ -23,7 +23,7 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import GROUP, LANES, VECTOR_BYTES
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.byte_dot import ByteDot
+from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.fbatch import quotient, source_batch
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare
 
@@ -73,8 +73,7 @@ class IbatchSpec:
 
 def ones(dot: ByteDot) -> Expr:
     """Four codes that are fed as ones: an int32 scalar."""
-    word = ((1 - dot.offset) % 256) * 0x01010101
-    return tirx.const(word - 2**32 if word >= 2**31 else word, "int32")
+    return tirx.const(signed_word(((1 - dot.offset) % 256) * 0x01010101), "int32")
 
 
 def make_pack(spec: IbatchSpec, dot: ByteDot, name: str) -> Any:
@@ -297,16 +296,18 @@ class _Product:
 
     def _last(self, rest: Dim, at: Expr) -> Expr:
         """The last codes of a row, and behind them what is fed as 0."""
-        pad = (-self.dot.offset) % 256
         word: Expr = tirx.const(0, "int32")
         for j in range(GROUP):
+            pad = tirx.const(signed_word(((-self.dot.offset) % 256) << (8 * j)), "int32")
             if isinstance(rest, int):
-                code = tirx.Cast("int32", self.a[at + j]) if j < rest else tirx.const(pad, "int32")
+                word = word | (self._moved(at, j) if j < rest else pad)
             else:
-                loaded = tirx.Cast("int32", self.a[at + j])
-                code = tirx.if_then_else(v.i64(j) < rest, loaded, tirx.const(pad, "int32"))
-            word = word | tirx.shift_left(code, tirx.const(8 * j, "int32"))
+                word = word | tirx.if_then_else(v.i64(j) < rest, self._moved(at, j), pad)
         return v.bind(word)
+
+    def _moved(self, at: Expr, j: int) -> Expr:
+        """Code j behind `at` as byte j of a word."""
+        return tirx.shift_left(tirx.Cast("int32", self.a[at + j]), tirx.const(8 * j, "int32"))
 
     def _finish(self, row: Expr, tile: Expr, sums: dict[tuple[int, int, int], Buffer], row_sums: list[Buffer]) -> None:
         dot, lanes, way = self.dot, self.dot.lanes, self.spec.epilogue

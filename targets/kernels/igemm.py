@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from kbitc.quant.packing import GROUP, LANES, UNIT, packed_shape
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.byte_dot import ByteDot
+from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_codes
@@ -277,12 +276,7 @@ class _Tile:
         if count == GROUP:
             return v.bind(v.reinterpret(v.load(x, [place], GROUP), "int32", 1))
         pad = (-dot.offset) % 256
-        word: Expr = tirx.const(_signed(sum(pad << (8 * j) for j in range(count, GROUP))), "int32")
+        word: Expr = tirx.const(signed_word(sum(pad << (8 * j) for j in range(count, GROUP))), "int32")
         for j in range(count):
             word = word | tirx.shift_left(tirx.Cast("int32", x[place + j]), tirx.const(8 * j, "int32"))
         return v.bind(word)
-
-
-def _signed(word: int) -> int:
-    """32 bits as a signed number."""
-    return int(np.uint32(word).astype(np.int32))

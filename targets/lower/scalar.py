@@ -17,6 +17,9 @@ from kbitc.targets.lower.group import named
 from kbitc.targets.lower.values import Expr
 
 Unary = Callable[[Expr], Expr]
+# 1.5 * 2^23 and its bits: float32 numbers from 2^23 to 2^24 are the integers.
+ROUNDING = 3 << 22
+ROUNDING_BITS = 0x4B400000
 # Functions for which tvm has no polynomial of ours: tirx intrinsics (calls into libm on CPUs).
 _INTRINSICS: dict[str, Any] = {
     name: getattr(tirx, name)
@@ -133,3 +136,26 @@ def saturate(x: Expr, dtype: str, low: int, high: int) -> Expr:
     """A float that holds an integer, limited to [low, high] and converted. NaN becomes low."""
     limited = tirx.max(tirx.min(x, const(float(high), x)), const(float(low), x))
     return tirx.Cast(dtype, tirx.Cast("int32", limited))
+
+
+def rounded_code(x: Expr, zero_point: Expr | None, dtype: str, low: int, high: int) -> Expr:
+    """saturate(round half to even(x) + zero point), in vector operations only: tvm does not make vectors of nearbyint.
+
+    x + 1.5 * 2^23 has no bits left for a fraction, so that the addition itself rounds, and its lowest bits are the
+    integer. x is limited to +-2^21 before, far outside of every range here.
+
+    Args:
+        x: float32.
+        zero_point: int32 in low..high, or None.
+        dtype: of the result.
+        low, high: range of the codes, inside +-2^20.
+    """
+    if max(abs(low), abs(high)) > 1 << 20:
+        rounded = tirx.nearbyint(x)
+        moved = rounded if zero_point is None else rounded + tirx.Cast("float32", zero_point)
+        return saturate(moved, dtype, low, high)
+    limit = float(1 << 21)
+    limited = tirx.max(tirx.min(x, const(limit, x)), const(-limit, x))
+    code = tirx.reinterpret("int32", limited + const(float(ROUNDING), x)) - tirx.const(ROUNDING_BITS, "int32")
+    moved = code if zero_point is None else code + zero_point
+    return tirx.Cast(dtype, tirx.max(tirx.min(moved, tirx.const(high, "int32")), tirx.const(low, "int32")))

@@ -113,10 +113,8 @@ def quantize_linear(ctx: Context, node: ir.Node) -> Value:
         value = scalar.cast(source.element(group, indices), "float32")
         if factor is not None:
             value = value / scalar.cast(factor(group, indices), "float32")
-        value = tirx.nearbyint(value)
-        if offset is not None:
-            value = value + tirx.Cast("float32", offset(group, indices))
-        return scalar.saturate(value, dtypes.storage(dtype), low, high)
+        zero_point = None if offset is None else tirx.Cast("int32", offset(group, indices))
+        return scalar.rounded_code(value, zero_point, dtypes.storage(dtype), low, high)
 
     return Lazy(element, x.shape, dtype, source.cost + 8, source.pointwise)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 import pytest
 
+from tests.support.integer_graphs import feed
 from tests.targets.cuda.emulator import models
 from tests.targets.cuda.emulator.emulator import Emulator
 
@@ -152,3 +153,18 @@ def test_classifier_runs_and_agrees(emulator: Emulator, models_dir: Callable[[st
     assert error < 1e-5
     _, rules = emulator.run(worst, str(path), "int4:b32", "dynamic", feeds)
     assert "integer_product" in rules
+
+
+def digests_of_integers(name: str) -> tuple[str, str]:
+    """In the emulator: SHA-256 over every integer tensor of a static model, here and on the reference."""
+    from tests.targets.lower.test_integer import MODELS, digest, tensors
+
+    make, shape = MODELS[name]
+    outputs, _ = models.run(make(), {"x": feed(shape)}, debug=True)
+    return digest(outputs), digest(tensors(name, "reference"))
+
+
+@pytest.mark.parametrize("name", ["convolutional", pytest.param("transformer", marks=pytest.mark.slow)])
+def test_static_models_give_the_same_integers(emulator: Emulator, name: str) -> None:
+    ours, reference = emulator.run(digests_of_integers, name)
+    assert ours == reference

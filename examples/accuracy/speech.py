@@ -1,7 +1,7 @@
 """Voice activity: is there speech in each 32 ms of a recording, by silero-vad.
 
-The recording is the only one, so 5 of its 30 s calibrate and the others are measured. The network, which remembers
-(LSTM), hears all of it in order when it is measured; calibrating, it hears the 5 s over and over, to the same length.
+The recording is the only one. It is cut into ten pieces of 3 s: one calibrates, nine are measured. The network
+remembers (LSTM), so it hears the second before a piece too, which is not measured with it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from tasks import Array, Outputs, Task
 
 RATE, FRAME, CONTEXT, STATE = 16000, 512, 64, 128  # samples a second, of a frame, before it; numbers remembered
 THRESHOLD = 0.5
-CALIBRATED_SECONDS = (4.7, 9.7)  # 2 s without speech, then 3 s with it
+PIECE, BEFORE = 93, 31  # frames of a piece, and those heard before it
+CALIBRATES = 2  # the piece in which speech begins, 6 s into the recording
 
 
 def read_frames(path: Path) -> npt.NDArray[np.float32]:
@@ -60,22 +61,26 @@ def feeds(frames: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]
 
 
 def voice_activity() -> Task:
-    """F1 of the frames outside the calibrated seconds, in percent; AUC in the details."""
+    """F1 of the frames of nine pieces, in percent; AUC in the details."""
     folder = fetch.fetch("data-speech30s")
     frames = read_frames(folder / "sample.wav")
     speech = read_labels(folder / "sample.rttm", len(frames))
-    begin, end = (int(seconds * RATE / FRAME) for seconds in CALIBRATED_SECONDS)
-    measured = np.ones(len(frames), np.bool_)
-    measured[begin:end] = False
+    silence = np.zeros((BEFORE, frames.shape[1]), np.float32)
+    heard = np.concatenate([silence, frames])
+    starts = list(range(0, len(frames) - PIECE + 1, PIECE))
+    calibrating = starts.pop(CALIBRATES)
+    wanted = np.concatenate([speech[start : start + PIECE] for start in starts])
 
     def rows(outputs: Outputs) -> Array:
-        (output,) = outputs
-        return np.stack([output["speech_probs"].reshape(-1)[measured], speech[measured]], axis=1).astype(np.float64)
+        said = np.concatenate([output["speech_probs"].reshape(-1)[BEFORE:] for output in outputs])
+        return np.stack([said, wanted], axis=1).astype(np.float64)
 
     model = fetch.fetch("silero-vad") / "silero_vad_16k_sequence.onnx"
-    again = np.resize(frames[begin:end], frames.shape)  # repeated until it is as long
+    batches = [feeds(heard[start : start + BEFORE + PIECE]) for start in starts]
+    # The calibrating piece in place of the second before it, too: no frame that is measured calibrates.
+    own = frames[calibrating : calibrating + PIECE]
     return Task(
-        "voice activity", model, [feeds(frames)], feeds(frames), rows, f1, "F1 {:.2f} %",
-        (f"input={len(frames)}x{FRAME + CONTEXT}",), [feeds(again)],
+        "voice activity", model, batches, batches[0], rows, f1, "F1 {:.2f} %",
+        (f"input={BEFORE + PIECE}x{FRAME + CONTEXT}",), [feeds(np.concatenate([own[-BEFORE:], own]))],
         details=lambda rows: {"AUC, %": area_under_curve(rows)},
     )  # fmt: skip

@@ -53,7 +53,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a convolution computes: codes x [1, C, H, W], levels w [N, C/g, k, k], their scales, the scale of the result."""
+    """What a convolution computes: codes x [1, C, H, W], levels w [N, C/g, k, k], their scales, that of the result."""
 
     x: Array
     w: Array

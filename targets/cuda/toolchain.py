@@ -190,9 +190,7 @@ def _run_nvcc(text: str, arch: str, tool: Toolchain) -> tuple[bytes, str]:
         Path(folder, FILE_NAME).write_text(text, encoding="utf-8")
         command = [tool.path, "-cubin", f"-arch={arch}", "-std=c++17", "-O3", "-Xptxas", "-v"]
         command += ["-o", "kernels.cubin", FILE_NAME]
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
         log = done.stdout + done.stderr
         if done.returncode:
             raise InternalError("nvcc refuses the generated kernels", where=arch, got=_first_error(log))

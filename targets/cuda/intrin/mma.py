@@ -47,8 +47,6 @@ def mma_k16(c: Any, at: int, a: list[Any], b: list[Any]) -> Any:
     return cuda_func_call("kbitc_mma_s8_k16", tirx.address_of(c[at]), *a, *b, source_code=SOURCE)
 
 
-def mma_means(
-    a: npt.NDArray[np.int8], b: npt.NDArray[np.int8], c: npt.NDArray[np.int32]
-) -> npt.NDArray[np.int32]:
+def mma_means(a: npt.NDArray[np.int8], b: npt.NDArray[np.int8], c: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """The same in numpy: a int8 [16, k], b int8 [k, 8], c int32 [16, 8]."""
     return np.asarray((c + a.astype(np.int64) @ b.astype(np.int64)).astype(np.int32))

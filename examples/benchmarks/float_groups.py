@@ -7,14 +7,12 @@ Every row is a model of one operator, compiled as any other model is: emitted, s
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import harness
 import numpy as np
 import numpy.typing as npt
+import operators
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -72,63 +70,23 @@ def random(seed: int, *shape: int) -> FloatArray:
     return np.asarray(np.random.default_rng(seed).normal(size=shape), np.float32)
 
 
-def compiled(model: Any, x: FloatArray, target: Any) -> Callable[[], Any]:
-    """A call of the module that kbitc makes of a model."""
+def made(case: Case, target: Any) -> operators.Made:
+    """The model of a case in both engines."""
     import onnx_ir as ir
-    import tvm
-    from tvm import relax
 
     from kbitc.passes.canonicalize import canonicalize
-    from kbitc.targets.build import relax_pipeline
     from kbitc.targets.lower.emitter import lower
     from kbitc.targets.rules.base import schedule
 
+    model, x = make_model(case), random(0, *case.shape)
     lowered = lower(canonicalize(ir.from_proto(model)), target)
     module, _ = schedule(lowered.module, target, target.schedule_rules())
-    with tvm.target.Target(target.tvm):
-        built = relax.build(module, tvm.target.Target(target.tvm), relax_pipeline=relax_pipeline())
-    main = relax.VirtualMachine(built, tvm.cpu())["main"]
-    arguments = [tvm.runtime.tensor(array) for array in (x, *lowered.weights.values())]
-    return lambda: main(*arguments)
-
-
-def session(model: Any, x: FloatArray) -> Callable[[], Any]:
-    """A call of onnxruntime with one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    made = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return lambda: made.run(None, {"x": x})[0]
-
-
-def main() -> None:
-    """Run the cases, print a table each, and save the results where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--save", action="store_true", help="write results/float_groups.json")
-    given = parser.parse_args()
-    harness.pin()
-    from kbitc.targets.target import parse_target
-
-    target = parse_target(given.target)
-    rows = []
-    for case in CASES:
-        if given.only not in case.name:
-            continue
-        model, x = make_model(case), random(0, *case.shape)
-        ours, theirs = compiled(model, x, target), session(model, x)
-        result = ours()
-        first = result[0] if not hasattr(result, "numpy") else result
-        np.testing.assert_allclose(first.numpy(), theirs(), rtol=1e-4, atol=1e-5)
-        timing = harness.interleave({"kbitc": ours, "onnxruntime": theirs}, given.rounds)
-        harness.print_table(case.name, timing, against="onnxruntime")
-        rows.append(timing.as_json(case.name, against="onnxruntime", target=target.name))
-    if given.save:
-        harness.save("float_groups", rows, threads=1)
+    ours = operators.in_kbitc(module, [x, *lowered.weights.values()], target)
+    theirs = operators.in_onnxruntime(model, {"x": x})
+    result = ours()
+    first = result if hasattr(result, "numpy") else result[0]
+    return operators.Made(ours, theirs, (first.numpy(), theirs()))
 
 
 if __name__ == "__main__":
-    main()
+    operators.race("float_groups", str(__doc__), CASES, made, close=1e-4)

@@ -8,14 +8,13 @@ onnxruntime gets them channels first, as its users do.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import numpy as np
 import numpy.typing as npt
+import operators
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -44,15 +43,6 @@ CASES = (
 )
 
 
-@dataclass(frozen=True)
-class Made:
-    """The two contestants of a case, and both results for the comparison before the race."""
-
-    kbitc: Callable[[], Any]
-    onnxruntime: Callable[[], Any]
-    results: tuple[FloatArray, FloatArray]
-
-
 def random(seed: int, *shape: int) -> FloatArray:
     """Uniform numbers in [-1, 1)."""
     return np.asarray(np.random.default_rng(seed).random(shape, np.float32) * 2 - 1, np.float32)
@@ -60,7 +50,6 @@ def random(seed: int, *shape: int) -> FloatArray:
 
 def session(node: Any, inputs: dict[str, FloatArray], weights: dict[str, FloatArray], rank: int) -> Callable[[], Any]:
     """A call of onnxruntime with one thread on a model of one node."""
-    import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     graph = helper.make_graph(
@@ -71,18 +60,13 @@ def session(node: Any, inputs: dict[str, FloatArray], weights: dict[str, FloatAr
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    made = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-    return lambda: made.run(None, inputs)[0]
+    return operators.in_onnxruntime(model, inputs)
 
 
 def kernel(contraction: Any, inputs: list[npt.NDArray[Any]], target: Any) -> Callable[[], Any]:
     """A call of the kernel that the first rule of the target emits for a contraction."""
-    import tvm
     from tvm import relax
 
-    from kbitc.targets.build import relax_pipeline
     from kbitc.targets.lower.context import Context
 
     ctx = Context(target)
@@ -92,14 +76,10 @@ def kernel(contraction: Any, inputs: list[npt.NDArray[Any]], target: Any) -> Cal
         with ctx.builder.dataflow():
             result = ctx.builder.emit_output(rule.emit(ctx, contraction, variables))
         ctx.builder.emit_func_output(result, params=[*variables, *ctx.weight_parameters()])
-    with tvm.target.Target(target.tvm):
-        built = relax.build(ctx.builder.get(), tvm.target.Target(target.tvm), relax_pipeline=relax_pipeline())
-    main = relax.VirtualMachine(built, tvm.cpu())["main"]
-    arguments = [tvm.runtime.tensor(array) for array in (*inputs, *ctx.weights.values())]
-    return lambda: main(*arguments)
+    return operators.in_kbitc(ctx.builder.get(), [*inputs, *ctx.weights.values()], target)
 
 
-def matmul(sizes: tuple[int, ...], target: Any) -> Made:
+def matmul(sizes: tuple[int, ...], target: Any) -> operators.Made:
     """x [M, C] by a constant [C, N]."""
     from onnx import helper
 
@@ -110,10 +90,10 @@ def matmul(sizes: tuple[int, ...], target: Any) -> Made:
     view = np.ascontiguousarray(weight.T)[:, None, :]
     ours = kernel(Contraction("case", "matmul", view, "float32", (m, c), (m, n)), [x], target)
     theirs = session(helper.make_node("MatMul", ["x", "w"], ["y"]), {"x": x}, {"w": weight}, 2)
-    return Made(ours, theirs, (ours().numpy(), theirs()))
+    return operators.Made(ours, theirs, (ours().numpy(), theirs()))
 
 
-def attention(sizes: tuple[int, ...], target: Any) -> Made:
+def attention(sizes: tuple[int, ...], target: Any) -> operators.Made:
     """a [1, heads, M, C] by b [1, heads, C, N]."""
     from onnx import helper
 
@@ -124,10 +104,10 @@ def attention(sizes: tuple[int, ...], target: Any) -> Made:
     out = (1, heads, m, n)
     ours = kernel(Contraction("case", "batch_matmul", None, "float32", a.shape, out, b_shape=b.shape), [a, b], target)
     theirs = session(helper.make_node("MatMul", ["a", "b"], ["y"]), {"a": a, "b": b}, {}, 4)
-    return Made(ours, theirs, (ours().numpy(), theirs()))
+    return operators.Made(ours, theirs, (ours().numpy(), theirs()))
 
 
-def convolution(sizes: tuple[int, ...], target: Any) -> Made:
+def convolution(sizes: tuple[int, ...], target: Any) -> operators.Made:
     """Sizes (C in, C out, height and width, kernel, stride, groups); bordered by half the kernel."""
     from onnx import helper
 
@@ -143,41 +123,20 @@ def convolution(sizes: tuple[int, ...], target: Any) -> Made:
     ours = kernel(what, [np.ascontiguousarray(x.transpose(0, 2, 3, 1))], target)
     attributes: dict[str, Any] = {"strides": [stride] * 2, "pads": [pad] * 4, "group": group}
     theirs = session(helper.make_node("Conv", ["x", "w"], ["y"], **attributes), {"x": x}, {"w": weight}, 4)
-    return Made(ours, theirs, (ours().numpy().transpose(0, 3, 1, 2), theirs()))
+    return operators.Made(ours, theirs, (ours().numpy().transpose(0, 3, 1, 2), theirs()))
 
 
-MAKERS: dict[str, Callable[[tuple[int, ...], Any], Made]] = {
+MAKERS: dict[str, Callable[[tuple[int, ...], Any], operators.Made]] = {
     "matmul": matmul,
     "batch_matmul": attention,
     "conv": convolution,
 }
 
 
-def main() -> None:
-    """Run the cases, print a table each, and save the results where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="host")
-    parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--save", action="store_true", help="write results/float_ops.json")
-    given = parser.parse_args()
-    harness.pin()
-    from kbitc.targets.target import parse_target
-
-    target = parse_target(given.target)
-    rows = []
-    for case in CASES:
-        if given.only not in case.name:
-            continue
-        made = MAKERS[case.kind](case.sizes, target)
-        ours, theirs = made.results
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3)
-        timing = harness.interleave({"kbitc": made.kbitc, "onnxruntime": made.onnxruntime}, given.rounds)
-        harness.print_table(case.name, timing, against="onnxruntime")
-        rows.append(timing.as_json(case.name, against="onnxruntime", target=target.name))
-    if given.save:
-        harness.save("float_ops", rows, threads=1)
+def made(case: Case, target: Any) -> operators.Made:
+    """The contestants of a case."""
+    return MAKERS[case.kind](case.sizes, target)
 
 
 if __name__ == "__main__":
-    main()
+    operators.race("float_ops", str(__doc__), CASES, made, close=1e-3)

@@ -61,10 +61,11 @@ def solve_weights(
     """
     model = equalized(model, plan, kinds, method, feeds, progress)
     work = _Work(model, kinds, method, progress)
-    nodes = {node.name: node for node in model.graph}
+    nodes = {node.name: node for node in model.graph}  # what is inside a loop cannot be watched
     entries = [entry for entry in plan.quantized() if 0 not in entry.shape]
     schemes = {entry.tensor: entry.scheme for entry in entries}
-    watched = readers({entry.tensor: [nodes[name] for name in entry.nodes] for entry in entries}) if feeds else []
+    users = {entry.tensor: [nodes[name] for name in entry.nodes if name in nodes] for entry in entries}
+    watched = readers(users) if feeds else []
     rest = [name for name in schemes if name not in {reader.tensor for reader in watched}]
     for name in rest:
         work.solve(name, schemes[name], None)

@@ -111,7 +111,9 @@ def _activations(model: ir.Model, plan: QuantPlan) -> dict[str, tuple[str, int, 
     found = {}
     for entry in plan.quantized():
         for name in entry.nodes:
-            node = nodes[name]
+            node = nodes.get(name)
+            if node is None:  # inside a loop
+                continue
             use = ops.WEIGHT_USES[node.op_type]
             source = None if use.activation_input is None else node.inputs[use.activation_input]
             if source is None or source.name is None or source.const_value is not None or entry.scheme is None:

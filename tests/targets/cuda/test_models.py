@@ -64,6 +64,18 @@ g (int64[B, S] ids) => (float[B, S, 17] y, float[B, 40] m)
 }
 """
 
+# Weights of the state small enough that a step makes a smaller error of an error in it.
+RECURRENCE = """
+<ir_version: 10, opset_import: ["" : 21]>
+g (float[T, 2, 24] x) => (float[T, 1, 2, 16] y)
+<float[1, 16, 24] w, float[1, 16, 16] r, float[1, 32] b>
+{
+  sixteen = Constant <value = float {16.0}> ()
+  small = Div (r, sixteen)
+  y = RNN <hidden_size = 16> (x, w, small, b)
+}
+"""
+
 
 def made(text: str, tmp_path: Path) -> str:
     """The model with random weights, in a file."""
@@ -143,6 +155,14 @@ def test_codes_and_accumulators_equal_those_of_x86(emulator: Emulator, tmp_path:
     assert emulator.run(against_x86, made(WIDE, tmp_path), scheme, feeds) == []
     ids = np.random.default_rng(2).integers(0, 50, (2, 9))
     assert emulator.run(against_x86, made(EMBEDDING, tmp_path), scheme, {"ids": ids}) == []
+
+
+@pytest.mark.slow
+def test_a_loop_of_open_length_runs(emulator: Emulator, tmp_path: Path) -> None:
+    """The condition that ends it is computed on the device and read on the host."""
+    feeds = {"x": np.random.default_rng(0).standard_normal((11, 2, 24)).astype(np.float32)}
+    error, rules = emulator.run(worst, made(RECURRENCE, tmp_path), None, "float", feeds)
+    assert error < FLOAT_TOLERANCE and rules == ["float_product"] * 2
 
 
 @pytest.mark.slow

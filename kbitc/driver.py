@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kbitc.bundle.writer import Staging
     from kbitc.passes.solve import Solved
     from kbitc.passes.verify.accuracy import References
+    from kbitc.passes.verify.score import Score
     from kbitc.planner import Planner
     from kbitc.targets.build import Built
     from kbitc.targets.target import Target
@@ -271,6 +272,7 @@ def make_planner(
     """Stage 5; also the view of every planned tensor."""
     from kbitc.passes.allocate.uniform import accepted_by
     from kbitc.passes.solve import solve_weights
+    from kbitc.passes.verify.score import make_judge
     from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
 
     model = prepared.original
@@ -285,7 +287,13 @@ def make_planner(
         form = catalog.find(FORMS, options.form, "format")
         accepts = accepted_by(target, partial(form.declines, options.widen))
         others = partial(estimate_others, quantized, target) if bundle else None
-        return budget_planner(model, base, prepared.feeds, options, accepts, others), kinds
+        score = make_judge(options.budget.metric, options.budget.labels)
+
+        def judge(plan: QuantPlan) -> Score:
+            references = quantize_prepared(prepared, plan, kinds, options, trace).references
+            return score(references.original, references.quantized)
+
+        return budget_planner(model, base, prepared.feeds, options, accepts, others, judge), kinds
 
 
 def account(solved: Solved, plan: QuantPlan, kinds: dict[str, str]) -> tuple[WeightReport, ...]:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kbitc import catalog
 from kbitc.budget import Budget
-from kbitc.errors import UsageError
+from kbitc.errors import AccuracyError, InternalError, UsageError
 from kbitc.options import CompileOptions, default_scheme
 from kbitc.passes.allocate.allocation import Allocate, Allocation, Sizes
 from kbitc.passes.allocate.choices import Problem, make_problem
@@ -32,6 +32,7 @@ from kbitc.quant.plan import QuantPlan, read_plan
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from kbitc.passes.verify.score import Score
     from kbitc.targets.target import Target
 
 ALLOCATORS = "kbitc.passes.allocate.allocators"
@@ -42,6 +43,8 @@ MEASURED_WITH = "rtn"
 SLACK = 0.02
 # Attempts after which a plan that fits is taken as it is.
 ATTEMPTS = 4
+# A search for the smallest plan ends within so many bits a weight.
+RESOLUTION = 0.05
 # Of a bundle, about: machine code of a kernel, text about a parameter and about a layer, and what is always there.
 KERNEL_BYTES = 17_000
 PARAMETER_TEXT = 400
@@ -84,10 +87,18 @@ class Fitting:
         problem: the choices.
         budget: has `size` or `bpw`.
         others: bytes of the result beside the counted weights of a plan, estimated; not used for `bpw`.
+        judge: scores a plan, for `max_drop`.
     """
 
-    def __init__(self, problem: Problem, budget: Budget, others: Callable[[QuantPlan, int], int]) -> None:
-        self._problem, self._budget = problem, budget
+    def __init__(
+        self,
+        problem: Problem,
+        budget: Budget,
+        others: Callable[[QuantPlan, int], int],
+        judge: Callable[[QuantPlan], Score] | None = None,
+    ) -> None:
+        self._problem, self._budget, self._judge = problem, budget, judge
+        self._scores: dict[tuple[int, ...], Score] = {}
         self._allocate: Allocate = catalog.find(ALLOCATORS, budget.allocate, "allocator").make(problem)
         self._sizes = sizes_of(problem, budget)
         self._attempts = 0
@@ -100,17 +111,30 @@ class Fitting:
 
         Raises:
             UsageError: when nothing smaller is left to try.
+            AccuracyError: when its score falls further than `max_drop`.
         """
         self._attempts += 1
         asked, actual = self._asked(size, bits_per_weight)
         tried = self._allocation
         chosen = self._larger(tried, asked, actual) if actual <= asked else self._smaller(tried, asked, actual)
         self._allocation, self.plan = chosen, self._problem.plan(chosen.chosen)
-        return actual <= asked and chosen.chosen == tried.chosen
+        accepted = actual <= asked and chosen.chosen == tried.chosen
+        if accepted and self._budget.max_drop is not None:
+            require(self._score(), self._budget, bits_per_weight)
+        return accepted
+
+    def _score(self) -> Score | None:
+        """Score of the current plan, measured once."""
+        key = self._allocation.chosen
+        if self._judge is not None and key not in self._scores:
+            self._scores[key] = self._judge(self.plan)
+        return self._scores.get(key)
 
     def summary(self) -> Mapping[str, Any]:
         """Allocator, what was asked and predicted, and how far from optimal it can be."""
+        score = self._score()
         return {
+            **({} if score is None else {"max_drop": self._budget.max_drop, "score": score.as_json()}),
             "allocator": self._budget.allocate,
             "size_budget": self._budget.size,
             "target_bpw": self._budget.bpw,
@@ -182,6 +206,7 @@ def budget_planner(
     options: CompileOptions,
     accepts: Accepts,
     others: Callable[[QuantPlan, int], int] | None,
+    judge: Callable[[QuantPlan], Score],
 ) -> Planner:
     """The planner of a budget.
 
@@ -192,12 +217,68 @@ def budget_planner(
         options: its budget has at least one limit, its scheme is not None.
         accepts: what the target and the form of the result can hold.
         others: (plan, bytes of its weights as counted) -> bytes beside them, estimated; None: an attempt tells.
+        judge: scores a plan.
     """
     pinned = () if options.plan is None else tuple(request.tensor for request in read_plan(options.plan))
     solver = catalog.find(SOLVERS, MEASURED_WITH, "solver")
     scheme = options.scheme or default_scheme()
     problem = make_problem(model, survey(model), base, pinned, scheme, options.activation, accepts, feeds, solver.solve)
-    return Fitting(problem, options.budget, others or (lambda plan, counted: 0))
+    budget = options.budget
+    if budget.size is None and budget.bpw is None:
+        return smallest_within(problem, budget, judge)
+    return Fitting(problem, budget, others or (lambda plan, counted: 0), judge if budget.max_drop is not None else None)
+
+
+def smallest_within(problem: Problem, budget: Budget, judge: Callable[[QuantPlan], Score]) -> Settled:
+    """The fewest bits whose score falls at most `max_drop`, by bisection over the bits a weight.
+
+    Raises:
+        AccuracyError: when not even the widest plan keeps it; names the best that was found.
+    """
+    allocate: Allocate = catalog.find(ALLOCATORS, budget.allocate, "allocator").make(problem)
+    sizes = [[choice.bits for choice in layer.choices] for layer in problem.layers]
+    weights = max(1, problem.weights)
+    scores: dict[tuple[int, ...], Score] = {}
+
+    def measured(limit: int) -> tuple[Allocation, Score, float]:
+        found = allocate(sizes, limit)
+        if found is None:
+            raise InternalError("an allocator refuses a limit that the narrowest choices keep", got=limit)
+        if found.chosen not in scores:
+            scores[found.chosen] = judge(problem.plan(found.chosen))
+        return found, scores[found.chosen], (found.size + problem.fixed_bits) / weights
+
+    low, high = (sum(pick(row) for row in sizes) for pick in (min, max))
+    tried = [measured(high)]
+    best = tried[0]
+    while best[1].drop <= (budget.max_drop or 0.0) and high - low > RESOLUTION * weights:
+        middle = low if len(tried) == 1 else (low + high) // 2
+        tried.append(measured(middle))
+        if tried[-1][1].drop <= (budget.max_drop or 0.0):
+            best, high = tried[-1], min(middle, tried[-1][0].size)
+        else:
+            low = middle + 1
+    best = best if best[1].drop <= (budget.max_drop or 0.0) else min(tried, key=lambda item: item[1].drop)
+    require(best[1], budget, best[2])
+    facts = {
+        "allocator": budget.allocate, "max_drop": budget.max_drop, "predicted_sqnr_db": best[0].sqnr_db,
+        "gap": best[0].gap, "plans_tried": len(scores), "score": best[1].as_json(),
+    }  # fmt: skip
+    return Settled(problem.plan(best[0].chosen), facts)
+
+
+def require(score: Score | None, budget: Budget, bits_per_weight: float) -> None:
+    """Hold a score to --max-drop.
+
+    Raises:
+        AccuracyError: it falls further; says how far, with its interval.
+    """
+    if score is None or budget.max_drop is None or score.drop <= budget.max_drop:
+        return
+    found = f"the best found: {score} at {bits_per_weight:.2f} bits a weight"
+    raise AccuracyError(
+        "no plan keeps --max-drop", got=f"{100 * budget.max_drop:g} %", remedy=f"{found}; allow more, or use --exclude"
+    )
 
 
 def estimate_others(quantized: Callable[[QuantPlan], ir.Model], target: Target, plan: QuantPlan, counted: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 
 from kbitc import options
 from kbitc.budget import Budget, make_budget, parse_drop, parse_size
-from kbitc.errors import UsageError
+from kbitc.errors import AccuracyError, UsageError
 from kbitc.passes.allocate.choices import Problem, stored_bytes, weight_bits
-from kbitc.planner import Fitting
+from kbitc.passes.verify.score import Score
+from kbitc.planner import Fitting, smallest_within
 from kbitc.quant.plan import QuantPlan
 from tests.support import planned
 
@@ -104,3 +106,45 @@ def test_bits_a_weight_are_never_exceeded_and_nearly_used() -> None:
 def test_too_few_bits_are_refused_with_the_least() -> None:
     with pytest.raises(UsageError, match=r"below the smallest.*--target-bpw 1.5.*takes \d\.\d+ bits a weight"):
         Fitting(planned.problem(), Budget(bpw=1.5), lambda plan, counted: 0)
+
+
+def _scored(drops: dict[int, float]) -> Callable[[QuantPlan], Score]:
+    """A judge whose drop is that of the narrowest width of the plan."""
+
+    def judge(plan: QuantPlan) -> Score:
+        narrowest = min(entry.scheme.bits for entry in plan.entries if entry.scheme is not None)
+        return Score("pretended", 1.0, 1 - drops[narrowest], drops[narrowest], 0.0, 1.0, 10, "none")
+
+    return judge
+
+
+DROPS = {2: 0.3, 3: 0.1, 4: 0.02, 5: 0.01, 6: 0.004, 7: 0.002, 8: 0.001}
+
+
+@pytest.mark.parametrize(("limit", "width"), [(0.5, 2), (0.1, 3), (0.015, 5), (0.001, 8)])
+def test_the_search_finds_the_narrowest_plan_that_keeps_the_drop(limit: float, width: int) -> None:
+    budget = Budget(max_drop=limit, allocate="uniform")
+    found = smallest_within(planned.problem(), budget, _scored(DROPS))
+    assert {entry.scheme.bits for entry in found.plan.entries if entry.scheme is not None} == {width}
+    assert found.summary()["score"]["drop"] <= limit
+
+
+def test_a_drop_that_nothing_keeps_names_the_best_found_and_its_interval() -> None:
+    with pytest.raises(AccuracyError, match=r"no plan keeps --max-drop.*0.05 %.*falls 0.10 %.*8.\d+ bits") as caught:
+        smallest_within(planned.problem(), Budget(max_drop=0.0005, allocate="uniform"), _scored(DROPS))
+    assert caught.value.exit_code == 6
+
+
+def test_a_size_that_fits_must_keep_the_drop_as_well() -> None:
+    problem = planned.problem()
+    for limit, kept in ((0.5, True), (0.0001, False)):
+        planner = Fitting(problem, Budget(bpw=4.9, max_drop=limit), lambda plan, counted: 0, _scored(DROPS))
+        bits = _result(problem, planner.plan, 0)[1]
+        if kept:
+            while not planner.accepts(0, bits):
+                bits = _result(problem, planner.plan, 0)[1]
+            assert planner.summary()["score"]["drop"] <= limit
+            continue
+        with pytest.raises(AccuracyError, match="no plan keeps --max-drop"):
+            while not planner.accepts(0, bits):
+                bits = _result(problem, planner.plan, 0)[1]

@@ -169,6 +169,23 @@ class QuantScheme:
         code = ScaleCode.PLAIN if self.scale_code is ScaleCode.INTEGER else self.scale_code
         return replace(self, granularity=Granularity.CHANNEL, block=0, scale_code=code)
 
+    def with_bits(self, bits: int) -> QuantScheme:
+        """The same data type at another width, in its default variant.
+
+        Integer block scales become plain ones where the levels leave them no room.
+
+        Raises:
+            UsageError: the data type has no such width.
+        """
+        if bits == self.bits:
+            return self
+        try:
+            return replace(self, bits=bits, variant="")
+        except UsageError:
+            if self.scale_code is not ScaleCode.INTEGER:
+                raise
+            return replace(self, bits=bits, variant="", scale_code=ScaleCode.PLAIN)
+
     def data_type(self) -> Format:
         """The format with its levels; for a learned one (`kbitc.quant.learn`) with its first guess."""
         return _made(self.format, self.bits, self.variant)

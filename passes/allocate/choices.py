@@ -8,7 +8,7 @@ in weights.safetensors, tile padding and 64-byte alignment included, which `--si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -178,7 +178,7 @@ def _schemes(scheme: QuantScheme) -> list[QuantScheme]:
     found = []
     for bits in WIDTHS:
         try:
-            found.append(replace(scheme, bits=bits))
+            found.append(scheme.with_bits(bits))
         except UsageError:
             continue
     return found

@@ -72,6 +72,27 @@ def test_one_scale_a_channel_has_no_integer_block_scales() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "bits", "becomes"),
+    [
+        ("int4:b32", 3, "int3:b32"),
+        ("fp4-e2m1:b32", 6, "fp6-e2m3:b32"),
+        ("fp4-e3m0:b32", 4, "fp4-e3m0:b32"),
+        ("log2-4:b64", 5, "log2-5-r2:b64"),
+        ("int4:b32/i4", 3, "int3:b32/i4"),
+        ("int4:b32/i4", 8, "int8:b32"),
+        ("nf4:b64:dq8", 7, "nf7:b64:dq8"),
+    ],
+)
+def test_a_scheme_at_another_width(text: str, bits: int, becomes: str) -> None:
+    assert str(QuantScheme.parse(text).with_bits(bits)) == becomes
+
+
+def test_a_width_that_a_data_type_lacks_is_refused() -> None:
+    with pytest.raises(UsageError, match="use int8"):
+        QuantScheme.parse("kmeans4:b32").with_bits(8)
+
+
+@pytest.mark.parametrize(
     ("text", "what"),
     [
         ("", "not a quantization scheme"),

@@ -5,7 +5,7 @@ After the sign, z leading zeros stand for 10^-z, the next set bit ends them, and
 one of the middles of 2^(k - 2 - z) equal parts of [0.1, 1]; the two codes left over are 0 and 1.
 
 The values are multiplied by 127 and rounded half to even to the int8 grid. Its two decades hold z = 0 and 1 (and a
-little of z = 2), so from 6 bits on some small levels coincide.
+little of z = 2), so from 5 bits on some small levels coincide.
 """
 
 from __future__ import annotations

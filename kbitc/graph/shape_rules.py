@@ -30,9 +30,13 @@ BROADCAST = frozenset(
 )
 
 
+#: Functions of the kbitc domain whose result has the shape of their first input.
+_KEEP_SHAPE = ("DynamicQuantize", "Requantize", "Table", "Rescale", "IntegerSoftmax", "IntegerLayerNorm")
+
+
 def output_dims(node: ir.Node, values: ShapeValues) -> list[Dim] | None:
     """The dims of the first output of a node, each None where not known; None when even the rank is not."""
-    if node.domain == "kbitc" and node.op_type in ("DynamicQuantize", "Requantize", "Table"):
+    if node.domain == "kbitc" and node.op_type in _KEEP_SHAPE:
         return d.of(node.inputs[0])
     if node.domain == "kbitc" and node.op_type in ("IntegerAdd", "IntegerMul"):
         pair = [d.of(value) for value in node.inputs[:2]]

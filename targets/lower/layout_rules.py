@@ -304,6 +304,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(BROADCAST, _broadcast),
     "kbitc::DynamicQuantize": _dynamic_quantize,
     "kbitc::Requantize": _axis(1),
+    "kbitc::Rescale": _axis(1),
+    "kbitc::IntegerSoftmax": _axis(-1),
     "kbitc::Table": _unary,
     "kbitc::IntegerAdd": _integer_pair,
     "kbitc::IntegerMul": _integer_pair,

@@ -19,6 +19,7 @@ from kbitc.targets.lower.ops import (
     generate,
     indexing,
     integer,
+    integer_nonlinear,
     integer_product,
     movement,
     norm,
@@ -37,7 +38,7 @@ FUNCTION_DOMAIN = "kbitc"
 
 FAMILIES = (
     *(elementwise, activation, movement, generate, indexing, contraction, convolution, conv_transpose),
-    *(einsum, reduce, padding, pool, norm, resize, scan, quantized, integer, integer_product),
+    *(einsum, reduce, padding, pool, norm, resize, scan, quantized, integer, integer_nonlinear, integer_product),
 )
 
 

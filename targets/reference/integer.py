@@ -66,13 +66,14 @@ def _vector(ctx: Context, values: Any, name: str, dtype: str = "int32") -> Relax
     return ctx.var(Constant(np.ascontiguousarray(values, dtype).reshape(-1), dtype, name))
 
 
-def requantized(ctx: Context, requantize: Requantization, name: str) -> Codes:
-    """(group, accumulator, channel) -> uint8 code, by the one rounding rule, in 64 bits.
+def requantized(ctx: Context, requantize: Requantization, name: str, dtype: str = "uint8") -> Codes:
+    """(group, accumulator, channel) -> code, by the one rounding rule, in 64 bits.
 
     Args:
         ctx: holds the numbers where they differ by channel.
         requantize: the numbers.
         name: of those parameters.
+        dtype: of the code.
     """
     shift = np.asarray(requantize.shift, np.int64).reshape(-1)
     numbers = [np.asarray(requantize.multiplier, np.int64).reshape(-1), np.int64(1) << (shift - 1), shift]
@@ -83,7 +84,7 @@ def requantized(ctx: Context, requantize: Requantization, name: str) -> Codes:
         wide = tirx.Cast("int64", acc) * multiplier
         moved = ((wide + half) >> bits) + tirx.const(requantize.zero, "int64")
         low, high = (tirx.const(limit, "int64") for limit in (requantize.low, requantize.high))
-        return tirx.Cast("uint8", tirx.max(tirx.min(moved, high), low))
+        return tirx.Cast(dtype, tirx.max(tirx.min(moved, high), low))
 
     return codes
 

@@ -17,9 +17,10 @@ from kbitc.quant.packing import pack_dense
 Array = npt.NDArray[Any]
 OPSET = 21
 TYPES = {
-    "Requantize": ir.DataType.UINT8, "IntegerAdd": ir.DataType.UINT8, "Table": ir.DataType.UINT8,
-    "IntegerMul": ir.DataType.INT32, "LevelsKBit": ir.DataType.INT8, "BlockLevelsKBit": ir.DataType.INT8,
-}  # fmt: skip
+    **dict.fromkeys(("Requantize", "IntegerAdd", "Table", "IntegerSoftmax"), ir.DataType.UINT8),
+    **dict.fromkeys(("IntegerMul", "Rescale", "IntegerLayerNorm"), ir.DataType.INT32),
+    **dict.fromkeys(("LevelsKBit", "BlockLevelsKBit"), ir.DataType.INT8),
+}
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Scaling of accuracy with bits: the score of a task and the error of its outputs against the bits of its weights.
 
-    python examples/scaling.py                            MiniLM similarity and named entities, int and nf, 2 to 8 bits
+    python examples/scaling.py                            MNIST and MiniLM similarity, 2 to 8 bits, four types
     python examples/scaling.py --tasks cls --types int nf uint --bits 2 3 4
 
 Dettmers & Zettlemoyer (arXiv 2212.09720) compare models and data types at equal total bits, that is all codes and
@@ -8,7 +8,7 @@ scales of the weights; so does the horizontal axis here. Weights are rounded to 
 float. What is run is the quantized ONNX file, in onnxruntime: data types are compared here, not kernels. What kbitc
 refuses is named and left out. Needs matplotlib: pip install -e ".[plots]"
 
-Writes scaling.csv and scaling.png into examples/accuracy/results.
+Writes scaling.csv and scaling.png into examples/accuracy/results; points of other tasks stay in the file.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ RESULTS = Path(__file__).resolve().parent / "accuracy" / "results"
 BLOCK = 64
 COLUMNS = ("task", "type", "bits", "total_bits", "bits_per_weight", "score", "sqnr_db")
 FLOAT_BITS = 32
+LINEAR_POINTS = 0.1  # below this the axis of points is linear, so that it has a zero
 
 
 def noise_ratio(reference: Outputs, outputs: Outputs) -> float:
@@ -103,54 +104,61 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path) -> None:
-    """One row of two panels a task: score and signal to noise, both over the total megabits of the weights."""
+    """Two panels a task over the total megabits of the weights: points lost, and signal to noise of the outputs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     names = list(dict.fromkeys(each["task"] for each in points))
     figure, grid = pyplot.subplots(len(names), 2, figsize=(11, 4 * len(names)), squeeze=False, layout="constrained")
-    for panels, name in zip(grid, names, strict=True):
+    for (left, right), name in zip(grid, names, strict=True):
         mine = [each for each in points if each["task"] == name]
-        for panel, column, label in zip(panels, ("score", "sqnr_db"), ("score", "output SQNR, dB"), strict=True):
-            for kind in dict.fromkeys(each["type"] for each in mine if each["type"] != "float"):
-                line = [each for each in mine if each["type"] == kind]
-                x, y = [each["total_bits"] / 1e6 for each in line], [each[column] for each in line]
-                panel.plot(x, y, marker="o", markersize=4, label=kind)
-                if kind == mine[1]["type"]:
-                    for each, left, height in zip(line, x, y, strict=True):
-                        text = f"{each['bits']:.0f}"
-                        panel.annotate(text, (left, height), (0, -13), textcoords="offset points", ha="center")
-            if column == "score":
-                panel.axhline(mine[0]["score"], color="grey", linestyle="--", linewidth=1, label="float32")
-            panel.set_xscale("log")
-            panel.xaxis.set_major_formatter(ScalarFormatter())
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            ticks = sorted({round(each["total_bits"] / 1e6) for each in mine[1:] if each["type"] == mine[1]["type"]})
-            panel.set_xticks(ticks)
-            panel.minorticks_off()
-            panel.set(title=f"{name}: {label}", xlabel="total megabits of the weights (log)", ylabel=label)
-            panel.grid(alpha=0.3)
-            panel.legend()
+        whole = next(each for each in mine if each["type"] == "float")
+        mine.remove(whole)
+        for kind in dict.fromkeys(each["type"] for each in mine):
+            line = [each for each in mine if each["type"] == kind]
+            megabits = [each["total_bits"] / 1e6 for each in line]
+            lost = [abs(each["score"] - whole["score"]) for each in line]
+            left.plot(megabits, lost, marker="o", markersize=4, label=kind)
+            right.plot(megabits, [each["sqnr_db"] for each in line], marker="o", markersize=4, label=kind)
+        left.set_yscale("symlog", linthresh=LINEAR_POINTS)
+        left.set_ylim(bottom=0)
+        left.set(title=f"{name}: distance from the float score, {whole['score']:.2f}", ylabel="points (log above 0.1)")
+        right.set(title=f"{name}: outputs against float", ylabel="SQNR, dB")
+        for panel in (left, right):
+            mark_widths(panel, mine)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def mark_widths(panel: Any, points: Sequence[dict[str, Any]]) -> None:
+    """Logarithmic horizontal axis with a tick at each bit width, which says width and megabits; grid and legend."""
+    sizes = {round(each["bits"]): each["total_bits"] / 1e6 for each in points}
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    panel.set_xticks(list(sizes.values()), [f"{size:.3g}\n{bits} bit" for bits, size in sizes.items()])
+    panel.set_xlabel("total megabits of the weights")
+    panel.grid(alpha=0.3)
+    panel.legend()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Plot accuracy against the total bits of the weights.")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["minilm", "tagger"])
-    parser.add_argument("--types", nargs="+", default=["int", "nf"], help="data types (default %(default)s)")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["digits", "minilm"])
+    parser.add_argument(
+        "--types", nargs="+", default=["int", "nf", "fp", "dynexp"], help="data types (default %(default)s)"
+    )
     parser.add_argument("--bits", nargs="+", type=int, default=list(range(2, 9)), help="default: 2 to 8")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default %(default)s)")
     parser.add_argument("--draw-only", action="store_true", help="only draw scaling.csv again")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     table, picture = options.out / "scaling.csv", options.out / "scaling.png"
-    points = read_csv(table) if options.draw_only else []
-    for name in [] if options.draw_only else options.tasks:
+    chosen = [] if options.draw_only else options.tasks
+    points = [each for each in (read_csv(table) if table.exists() else []) if each["task"] not in chosen]
+    for name in chosen:
         points += measure(name, options.types, options.bits)
         write_csv(points, table)
     draw(points, picture)

@@ -42,7 +42,7 @@ def measure(name: str, task: Task, bits: list[int], folder: Path) -> list[dict[s
     for k in bits:
         bundle, label = folder / f"{name}-{k}.kbit", f"kbitc {k} bits"
         start = time.perf_counter()
-        report = kbitc.compile(task.model, bundle, bits=k, shapes=task.shapes)
+        report = kbitc.compile(task.model, bundle, bits=k, shapes=task.shapes, calibration=task.calibration)
         seconds = time.perf_counter() - start
         module = kbitc.load(bundle, threads=1)
         contestants[label] = lambda module=module: module(dict(task.timed))

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fetch
 
 from kbitc import catalog
-from kbitc.driver import SOLVERS
 from kbitc.errors import UsageError
 from kbitc.graph import ops
 from kbitc.importer import load_model
+from kbitc.options import SOLVERS
 from kbitc.passes.allocate.survey import survey
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.metrics import sqnr_db

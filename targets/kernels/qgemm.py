@@ -15,12 +15,12 @@ Results do not depend on the number of threads: a row and tile are always summed
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT
+from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, per_vector
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_bias, declare_weight
@@ -32,6 +32,8 @@ Expr = Any
 Buffer = Any
 # Blocks of up to this many steps are unrolled whole; longer ones loop over their units.
 UNROLLED_STEPS = 16
+# Where `_Block._raises` pays: measured 5 to 9 % of a matrix-vector product on Zen 4, nothing at 1 bit.
+RAISED_BITS = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +208,8 @@ class _Block:
         self.tile = tile
         self.tap = tap
         self.source = source
+        # Sums of codes that stay 2^k times too large where they lie in their byte.
+        self.raised: dict[tuple[int, int, int], Expr] = {}
 
     def emit(self, block: Expr, unit: Expr, channels: int, *, lead_half: bool) -> None:
         """One block of `channels` channels that starts at the unit, or in its middle.
@@ -218,9 +222,14 @@ class _Block:
         steps = -(-channels // GROUP)
         offset = STEPS // 2 if lead_half else 0
         if steps + offset <= UNROLLED_STEPS:
+            if self._raises():
+                self.raised = {key: v.full(0, "int32", lanes) for key in keys}
             for start in range(0, steps + offset, STEPS):
                 acc = self._unit(acc, v.i64(unit) + start // STEPS, max(0, offset - start),
                                  min(STEPS, steps + offset - start))  # fmt: skip
+            bits = v.full(self.g.spec.data_type.bits, "int32", lanes)
+            for key, sums in self.raised.items():
+                acc[key] = v.bind(acc[key] + tirx.shift_right(sums, bits))
         else:
             held = {key: v.register(lanes, "int32") for key in keys}
             if lead_half:
@@ -240,6 +249,16 @@ class _Block:
                 acc = self._unit(acc, v.i64(unit) + steps // STEPS, 0, steps % STEPS)
         self._end(acc, block)
 
+    def _raises(self) -> bool:
+        """Whether every second code of a byte is multiplied where it lies, which saves its shift.
+
+        It takes a second accumulator, for which only the matrix-vector product has registers. No sum overflows: an
+        unrolled block has at most 64 products of 255 by 127.
+        """
+        g = self.g
+        plain = not g.isa.signed and g.feed.table is None and g.feed.shift == 0
+        return plain and len(self.source) == 1 and g.spec.data_type.bits in RAISED_BITS
+
     def _start(self, row: int, block: Expr) -> Expr:
         """-bias * sum(q), or 0 where zero points take its place."""
         lanes, bias = self.g.isa.lanes, self.g.feed.bias
@@ -251,9 +270,9 @@ class _Block:
     def _unit(self, acc: dict[tuple[int, int, int], Expr], unit: Expr, first: int, end: int) -> Any:
         """Steps first .. end - 1 of one unit."""
         g, isa, tile = self.g, self.g.isa, self.tile
-        acc = dict(acc)
+        acc, bits = dict(acc), g.spec.data_type.bits
         units = {
-            (i, p): unit_codes(isa, g.spec.data_type.bits, g.args.weight.packed, [tile.first + i, self.tap, unit], p)
+            (i, p): unit_codes(isa, bits, g.args.weight.packed, [tile.first + i, self.tap, unit], p)
             for i in range(tile.tiles)
             for p in range(isa.parts)
         }
@@ -262,11 +281,13 @@ class _Block:
             for source in self.source:
                 four = v.load(g.args.codes, [source, unit * UNIT + GROUP * step], GROUP)
                 activations.append(isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))))
+            raised = bool(self.raised) and step % per_vector(bits) % 2 == 1
+            feed, sums = (replace(g.feed, shift=bits), self.raised) if raised else (g.feed, acc)
             for (i, p), codes in units.items():
-                fed = v.bind(level_bytes(isa, g.feed, g.table, codes, step))
+                fed = v.bind(level_bytes(isa, feed, g.table, codes, step))
                 levels = isa.split(fed)
                 for r, activation in enumerate(activations):
-                    acc[r, i, p] = v.bind(isa.dot(acc[r, i, p], levels, activation))
+                    sums[r, i, p] = v.bind(isa.dot(sums[r, i, p], levels, activation))
         return acc
 
     def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:

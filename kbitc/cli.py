@@ -48,7 +48,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--calibration", type=click.Path(path_type=Path), help="Sample inputs: .npz, .npy or a folder of them."
         ),
-        click.option("--solver", help="rtn, mse_clip, gptq, ...  [default: gptq with --calibration, else rtn]"),
+        click.option("--solver", help="rtn, hqq, gptq, awq, ...  [default: gptq with --calibration, else rtn]"),
         click.option("--equalize", metavar="A,B", help="smoothquant, hadamard, ... or none; see docs/solvers.md."),
         click.option("--sequential", is_flag=True, help="Calibrate each layer on the output of quantized ones."),
         click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off."),

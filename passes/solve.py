@@ -48,6 +48,7 @@ def solve_weights(
     method: Method,
     feeds: Sequence[Feeds] = (),
     progress: Callable[[str], None] = lambda text: None,
+    memo: dict[str, InputMoments] | None = None,
 ) -> Solved:
     """Quantize every weight of the plan that has a scheme and elements.
 
@@ -58,7 +59,10 @@ def solve_weights(
         method: how.
         feeds: calibration batches; without them the solvers work from the weights alone.
         progress: told what is being done.
+        memo: keeps the moments of the float model from one call to the next, for callers that solve several plans of
+            one model on the same data; all of them stay in memory. Not used where the model is changed first.
     """
+    float_model = model
     model = equalized(model, plan, kinds, method, feeds, progress)
     work = _Work(model, kinds, method, progress)
     nodes = {node.name: node for node in model.graph}  # what is inside a loop cannot be watched
@@ -69,10 +73,12 @@ def solve_weights(
     rest = [name for name in schemes if name not in {reader.tensor for reader in watched}]
     for name in rest:
         work.solve(name, schemes[name], None)
-    for group, inputs in _watch(work, watched, feeds):
+    memo = memo if model is float_model and not method.sequential else None
+    for group, inputs in _watch(work, watched, feeds, memo):
         for reader in group:
             work.solve(reader.tensor, schemes[reader.tensor], inputs.get(reader.tensor))
             work.correct(reader, inputs.get(reader.tensor))
+    edit.remove_dead(work.model)
     return Solved(work.model, {name: work.tensors[name] for name in schemes}, work.fits)
 
 
@@ -94,6 +100,7 @@ def equalized(
     if missing:
         raise UsageError(f"{missing[0]} looks at activations", remedy="give --calibration DATA")
     copy = model.clone() if names else model
+    edit.forget_names(copy)
     for name in names:
         progress(f"equalize: {name}")
         catalog.find(EQUALIZERS, name, "equalizer").equalize(Setting(copy, plan, kinds, feeds))
@@ -101,14 +108,20 @@ def equalized(
 
 
 def _watch(
-    work: _Work, watched: Sequence[Reader], feeds: Sequence[Feeds]
+    work: _Work, watched: Sequence[Reader], feeds: Sequence[Feeds], memo: dict[str, InputMoments] | None
 ) -> Iterator[tuple[list[Reader], dict[str, InputMoments]]]:
     """Groups of layers with the moments of their inputs: in the float model, or `sequential` as they will be."""
     sequential = work.method.sequential
     groups = in_groups(watched, parts=PARTS if sequential else 1)
     for number, group in enumerate(groups, 1):
         work.progress(f"calibrate layers {number} of {len(groups)}")
-        inputs = moments(work.running() if sequential else work.original, group, feeds)
+        inputs = (
+            {} if memo is None else {reader.tensor: memo[reader.tensor] for reader in group if reader.tensor in memo}
+        )
+        if len(inputs) < len(group):
+            inputs = moments(work.running() if sequential else work.original, group, feeds)
+        if memo is not None:
+            memo.update(inputs)
         work.progress(f"solve layers {number} of {len(groups)}")
         yield group, inputs
 
@@ -120,6 +133,7 @@ class _Work:
         self, model: ir.Model, kinds: Mapping[str, str], method: Method, progress: Callable[[str], None]
     ) -> None:
         self.original, self.model = model, model.clone()
+        edit.forget_names(self.model)
         self.kinds, self.method, self.progress = kinds, method, progress
         self.solver = catalog.find(SOLVERS, method.solver, "solver")
         self.nodes = {node.name: node for node in self.model.graph}

@@ -1,0 +1,202 @@
+"""Compare kbitc's solvers with each other and with other quantizers: same model, same weights, same data.
+
+    python examples/accuracy/solvers.py minilm cls rec          3 and 4 bits, blocks of 32, float activations
+    python examples/accuracy/solvers.py minilm --peers          the peers of onnxruntime too, where they import (4 bits)
+    python examples/accuracy/solvers.py --table                 print results/solvers.json
+
+Everybody calibrates on `task.calibration` and is judged on `task.batches`, which hold other samples: the ratio of
+signal to noise of the first output against the float model, and the score on labels. Look-up tables of MiniLM stay
+float, because the peers leave them; peers quantize MatMul only, so compare with them on a model that has no Conv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks import TASKS, Task, stream_onnx
+
+from kbitc import driver
+from kbitc.importer import load_model
+from kbitc.importer.files import write_model
+from kbitc.importer.signature import parse_shape
+from kbitc.options import from_arguments
+from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.solve import solve_weights
+from kbitc.quant.moments import InputMoments
+from kbitc.targets.target import parse_target
+
+RESULTS = Path(__file__).with_name("results") / "solvers.json"
+BLOCK = 32
+#: Name of the row -> options of `kbitc quantize`; "data": whether calibration data are given.
+ROWS: dict[str, dict[str, Any]] = {
+    "rtn": {"solver": "rtn"},
+    "mse_clip": {"solver": "mse_clip"},
+    "hqq": {"solver": "hqq"},
+    "rtn, bias": {"solver": "rtn", "data": True},
+    "awq": {"solver": "awq", "equalize": "none", "data": True},
+    "adaround": {"solver": "adaround", "equalize": "none", "data": True},
+    "gptq": {"solver": "gptq", "equalize": "none", "data": True},
+    "gptq, bias": {"solver": "gptq", "data": True},
+}
+#: Algorithms of onnxruntime's tool and whether they are asked for symmetric weights.
+PEERS = (("rtn", True), ("rtn", False), ("hqq", False), ("gptq", False), ("k_quant", False))
+Outputs = list[npt.NDArray[np.float64]]
+
+
+def first_outputs(outputs: Sequence[dict[str, npt.NDArray[Any]]]) -> Outputs:
+    """The first output of every batch."""
+    return [np.asarray(next(iter(each.values())), np.float64) for each in outputs]
+
+
+def sqnr_db(reference: Outputs, found: Outputs) -> float:
+    """Signal over noise of all batches, dB."""
+    signal = sum(float((array**2).sum()) for array in reference)
+    noise = sum(float(((one - other) ** 2).sum()) for one, other in zip(reference, found, strict=True))
+    return 10 * math.log10(signal / noise) if noise else math.inf
+
+
+class Kbitc:
+    """A task's model in canonical form and the moments of its layers' inputs, made once for all rows."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.model = canonicalize(load_model(str(task.model), shapes=dict(map(parse_shape, task.shapes))))
+        self.exclude = ("type:Gather",) if task.title.startswith("MiniLM") else ()
+        self.memo: dict[str, InputMoments] = {}
+
+    def write(self, out: Path, scheme: str, row: dict[str, Any]) -> None:
+        """Quantize the weights and write the model, as `kbitc quantize` does."""
+        calibrated = bool(row.get("data"))
+        options = from_arguments(
+            scheme=scheme, activations="float", target="reference", exclude=self.exclude,
+            solver=row["solver"], equalize=row.get("equalize"),
+        )  # fmt: skip
+        plan, kinds = driver.make_plan(self.model, options, parse_target(options.target))
+        feeds = self.task.calibration if calibrated else ()
+        solved = solve_weights(self.model, plan, kinds, options.method(calibrated), feeds, memo=self.memo)
+        write_model(driver.rewrite(solved.model, plan, solved.tensors, kinds), out)
+
+
+def ort_file(task: Task, out: Path, *, algorithm: str, symmetric: bool) -> None:
+    """Quantize with onnxruntime's MatMulNBits tool, 4 bits."""
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader
+    from onnxruntime.quantization import matmul_nbits_quantizer as tool
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.rest = iter(task.calibration)
+
+        def get_next(self) -> Any:
+            return next(self.rest, None)
+
+    configurations: dict[str, Callable[[], Any]] = {
+        "rtn": lambda: tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric, accuracy_level=1),
+        "hqq": lambda: tool.HQQWeightOnlyQuantConfig(block_size=BLOCK, bits=4),
+        "gptq": lambda: tool.GPTQWeightOnlyQuantConfig(Reader(), block_size=BLOCK, actorder=False, mse=True),
+        "k_quant": lambda: tool.KQuantWeightOnlyQuantConfig(),
+    }
+    work = tool.MatMulNBitsQuantizer(
+        onnx.load(str(task.model)), block_size=BLOCK, is_symmetric=symmetric, accuracy_level=1,
+        algo_config=configurations[algorithm](),
+    )  # fmt: skip
+    work.process()
+    work.model.save_model_to_file(str(out), use_external_data_format=False)
+
+
+def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dict[str, Any]:
+    """Make a file, run it, and give what it is worth."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "quantized.onnx"
+        start = time.perf_counter()
+        make(out)
+        seconds = time.perf_counter() - start
+        outputs = list(stream_onnx(out, task.batches))
+    return {
+        "sqnr_db": round(sqnr_db(reference, first_outputs(outputs)), 2),
+        "score": round(task.measure(outputs), 4),
+        "seconds": round(seconds, 1),
+    }
+
+
+def compare(name: str, bits: Sequence[int], peers: bool, rows: Sequence[str]) -> None:
+    """Measure one task and write every result as soon as it is there."""
+    task = TASKS[name]()
+    floats = list(stream_onnx(task.model, task.batches))
+    reference = first_outputs(floats)
+    keep(name, "float", {"score": round(task.measure(floats), 4)})
+    ours = Kbitc(task)
+    jobs: dict[str, Callable[[Path], None]] = {}
+    for width in bits:
+        for scheme in (f"int{width}:b{BLOCK}", f"uint{width}:b{BLOCK}:zp") if peers else (f"int{width}:b{BLOCK}",):
+            for row in rows:
+                jobs[f"{scheme} {row}"] = partial(ours.write, scheme=scheme, row=ROWS[row])
+    if peers:
+        for algorithm, symmetric in (
+            ("rtn", True),
+            ("rtn", False),
+            ("hqq", False),
+            ("gptq", False),
+            ("k_quant", False),
+        ):
+            kind = "int4" if symmetric else "uint4"
+            jobs[f"{kind} onnxruntime {algorithm}"] = partial(ort_file, task, algorithm=algorithm, symmetric=symmetric)
+    for label, make in jobs.items():
+        try:
+            keep(name, label, measure(task, reference, make))
+        except Exception as error:
+            if "onnxruntime" not in label:
+                raise
+            keep(name, label, {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
+
+
+def keep(task: str, row: str, result: dict[str, Any]) -> None:
+    """Write one result into the results file and print it."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results.setdefault(task, {})[row] = result
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(task, row, result, flush=True)
+
+
+def table() -> None:
+    """Print the results as a Markdown table."""
+    for task, rows in json.loads(RESULTS.read_text(encoding="utf-8")).items():
+        print(f"\n**{task}**, float {rows['float']['score']}\n\n| | SQNR dB | score | seconds |\n|---|---|---|---|")
+        for row, result in rows.items():
+            if "sqnr_db" in result:
+                print(f"| {row} | {result['sqnr_db']} | {result['score']} | {result['seconds']} |")
+            elif "failed" in result:
+                print(f"| {row} | {result['failed']} | | |")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Compare solvers on real models.")
+    parser.add_argument("tasks", nargs="*", choices=list(TASKS), metavar="TASK")
+    parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--peers", action="store_true", help="onnxruntime's quantizers, and zero points everywhere")
+    parser.add_argument("--table", action="store_true", help="print the results that are there")
+    arguments = parser.parse_args()
+    for name in arguments.tasks:
+        compare(name, arguments.bits, arguments.peers, arguments.rows)
+    if arguments.table or not arguments.tasks:
+        table()
+
+
+if __name__ == "__main__":
+    main()

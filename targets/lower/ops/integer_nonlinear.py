@@ -1,4 +1,4 @@
-"""Rescale, IntegerSoftmax and IntegerLayerNorm of integer-only graphs: the functions of `kbitc.graph.integer_nonlinear`.
+"""Rescale, IntegerSoftmax and IntegerLayerNorm: the functions of `kbitc.graph.integer_nonlinear`.
 
 All in int64, by the very steps of the function bodies, on matrices [rows, columns] whose rows belong together. Where
 a body lifts a number to keep it positive before a shift, here the shift is arithmetic, which gives the same floor.

@@ -11,7 +11,6 @@ import numpy.typing as npt
 import onnx
 import pytest
 
-from tests.support.integer_graphs import feed
 from tests.targets.cuda.emulator import models
 from tests.targets.cuda.emulator.emulator import Emulator
 
@@ -179,8 +178,8 @@ def digests_of_integers(name: str) -> tuple[str, str]:
     """In the emulator: SHA-256 over every integer tensor of a static model, here and on the reference."""
     from tests.targets.lower.test_integer import MODELS, digest, tensors
 
-    make, shape = MODELS[name]
-    outputs, _ = models.run(make(), {"x": feed(shape)}, debug=True)
+    make, feeds = MODELS[name]
+    outputs, _ = models.run(make(), feeds(), debug=True)
     return digest(outputs), digest(tensors(name, "reference"))
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kbitc.passes.verify.score import Score
 from kbitc.report import Report
 
 MEGABYTE = 1e6
@@ -75,6 +76,7 @@ def report(result: Report) -> None:
         f"over {total:,}; " + ", ".join(f"{name} {_megabytes(size)}" for name, size in result.bytes.items())
     )
     _accuracy(console, result.accuracy)
+    _planning(console, result.planning)
     _left_float(console, result)
     worst = sorted(quantized, key=lambda item: item.sqnr_db or 0.0)[:WORST_SHOWN]
     if worst:
@@ -107,6 +109,17 @@ def _accuracy(console: Console, accuracy: Mapping[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     console.print(f"[dim]samples: {accuracy.get('data')}[/dim]")
+
+
+def _planning(console: Console, planning: Mapping[str, Any]) -> None:
+    """How widths were chosen, and what the score is worth."""
+    if not planning:
+        return
+    predicted = planning.get("predicted_sqnr_db")
+    said = "" if predicted is None else f", weights alone predicted to leave {predicted:.1f} dB"
+    console.print(f"widths by {planning['allocator']}{said}, at most {100 * planning['gap']:.2g} % from optimal")
+    if "score" in planning:
+        console.print(escape(f"{Score(**planning['score'])}; {100 * planning['max_drop']:g} % were allowed"))
 
 
 def _left_float(console: Console, result: Report) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kbitc.errors import ResourceError, UnsupportedError
+from kbitc.errors import ResourceError, UnsupportedError, UsageError
 from kbitc.graph import ops
 from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export
 from kbitc.quant.plan import INT8
@@ -54,8 +54,11 @@ def write(export: Export, path: Path) -> int:
 
     Raises:
         UnsupportedError: a row is not a whole number of groups.
+        UsageError: the path holds something else.
         ResourceError: the disk is full or not writable.
     """
+    if path.exists() and not (path / CONFIG).is_file():
+        raise UsageError("the output exists and is no such folder, so it is not replaced", got=str(path))
     tensors = packed_tensors(export)
     config = {"quantization_config": quantization_config(export)}
     try:

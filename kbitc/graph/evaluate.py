@@ -48,6 +48,7 @@ class Session:
         extra_outputs: names of intermediate values to return too (for calibration and for layer reports).
         threads: threads inside one operator; None means all cores this process may use.
         optimize: turn graph optimisations on: for speed comparisons only, never for a reference.
+        lean: keep no copy of the weights and no memory between runs: for several sessions of one large model.
 
     Raises:
         ModelError: when onnxruntime refuses the model.
@@ -60,12 +61,16 @@ class Session:
         *,
         threads: int | None = None,
         optimize: bool = False,
+        lean: bool = False,
     ) -> None:
         import onnxruntime as ort
 
         proto, detached = light_proto(model)
         _add_outputs(proto, model, extra_outputs)
         options = session_options(threads=threads, optimize=optimize)
+        if lean:
+            options.enable_cpu_mem_arena = False
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if detached:
             values = [ort.OrtValue.ortvalue_from_numpy(array) for array in detached.values()]
             options.add_external_initializers(list(detached), values)

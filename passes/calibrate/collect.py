@@ -62,7 +62,9 @@ def collect(
     for number, feeds in enumerate(batches, 1):
         progress(f"batch {number}")
         if number == 1:
-            sessions = [Session(only(model, group), threads=1) for group in in_groups(model, computed, feeds, budget)]
+            sessions = [
+                Session(only(model, group), threads=1, lean=True) for group in in_groups(model, computed, feeds, budget)
+            ]
         stats.add({name: feeds[name] for name in names if name in inputs})
         for session in sessions:
             for name, array in session.run(feeds).items():

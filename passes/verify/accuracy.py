@@ -13,6 +13,7 @@ import onnx_ir as ir
 from kbitc.errors import AccuracyError, InternalError
 from kbitc.graph.evaluate import Session
 from kbitc.graph.functions import rounds_floats, without_rounding
+from kbitc.graph.legality import float_operators
 from kbitc.quant.metrics import OutputAccuracy, compare
 
 Array = npt.NDArray[Any]
@@ -34,6 +35,7 @@ class Accuracy:
         lowering: compiled module against the quantized ONNX; None when it cannot run here.
         rounding: quantized ONNX against itself without the rounding of activations: the noise of that rounding.
         data: where the samples came from.
+        exact: nothing but integers is computed, so the module must give the numbers of the quantized ONNX.
     """
 
     quantized: dict[str, OutputAccuracy]
@@ -41,6 +43,7 @@ class Accuracy:
     lowering: dict[str, OutputAccuracy] | None
     rounding: dict[str, OutputAccuracy]
     data: str
+    exact: bool = False
 
     @property
     def worst_sqnr_db(self) -> float:
@@ -50,7 +53,7 @@ class Accuracy:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""
-        data: dict[str, Any] = {"data": self.data}
+        data: dict[str, Any] = {"data": self.data, "exact": self.exact}
         for field in ("quantized", "module", "lowering", "rounding"):
             outputs = getattr(self, field)
             data[field] = None if outputs is None else {name: item.as_json() for name, item in outputs.items()}
@@ -67,6 +70,7 @@ class References:
         quantized: outputs of the quantized model.
         unrounded: outputs of the quantized model without the rounding of activations.
         data: where the samples came from.
+        exact: the quantized model computes nothing but integers.
     """
 
     feeds: Sequence[Feeds]
@@ -74,6 +78,7 @@ class References:
     quantized: list[dict[str, Array]]
     unrounded: list[dict[str, Array]]
     data: str
+    exact: bool = False
 
 
 def reference_runs(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str) -> References:
@@ -82,7 +87,8 @@ def reference_runs(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed
     plain = without_rounding(quantized)
     unrounded = runs[1] if plain is None else _run_all(plain, feeds)
     # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs.
-    return References(feeds, *runs, runs[0] if rounds_floats(quantized) else unrounded, data)
+    exact = not float_operators(quantized)
+    return References(feeds, *runs, runs[0] if rounds_floats(quantized) else unrounded, data, exact)
 
 
 def _run_all(model: ir.Model, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
@@ -95,11 +101,11 @@ def measure(references: References, run: Run | None) -> Accuracy:
     quantized = compare(references.original, references.quantized)
     rounding = compare(references.unrounded, references.quantized)
     if run is None:
-        return Accuracy(quantized, None, None, rounding, references.data)
+        return Accuracy(quantized, None, None, rounding, references.data, references.exact)
     results = [dict(run(feed)) for feed in references.feeds]
     module = compare(references.original, results)
     lowering = compare(references.quantized, results)
-    return Accuracy(quantized, module, lowering, rounding, references.data)
+    return Accuracy(quantized, module, lowering, rounding, references.data, references.exact)
 
 
 def needed_sqnr_db(rounding_db: float) -> float:
@@ -130,9 +136,16 @@ def check_lowering(accuracy: Accuracy) -> None:
     """Refuse a module that departs from the meaning of its quantized ONNX.
 
     Raises:
-        InternalError: when lowering added more noise than `needed_sqnr_db` allows.
+        InternalError: when lowering added more noise than `needed_sqnr_db` allows, or any where all is exact.
     """
     for name, found in (accuracy.lowering or {}).items():
+        if accuracy.exact and found.max_error > 0:
+            raise InternalError(
+                "compiled module differs from its integer ONNX",
+                where=f"output {name!r}",
+                got=f"largest difference {found.max_error:g}, needs 0",
+                remedy="please report this model; --target reference may serve until it is fixed",
+            )
         needed = needed_sqnr_db(accuracy.rounding[name].sqnr_db)
         if found.sqnr_db < needed and found.max_error > np.finfo(np.float32).eps:
             raise InternalError(

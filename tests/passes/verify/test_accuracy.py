@@ -42,6 +42,14 @@ def test_without_rounded_activations_only_float32_sums_may_differ() -> None:
         check_lowering(_measure(QUANTIZED + NOISE * np.float32(1e-2), unrounded=QUANTIZED))
 
 
+def test_integers_must_be_equal() -> None:
+    references = References([{}], [{"y": ORIGINAL}], [{"y": QUANTIZED}], [{"y": QUANTIZED}], "test", exact=True)
+    check_lowering(measure(references, lambda feeds: {"y": QUANTIZED}))
+    other = np.nextafter(QUANTIZED, np.float32(9))
+    with pytest.raises(InternalError, match="differs from its integer ONNX"):
+        check_lowering(measure(references, lambda feeds: {"y": other}))
+
+
 def test_a_module_that_is_closer_to_the_original_but_not_to_its_onnx_is_refused() -> None:
     with pytest.raises(InternalError):
         check_lowering(_measure(ORIGINAL))

@@ -1,0 +1,46 @@
+"""Static integer graphs, compiled: the module gives the very numbers of the integer ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kbitc
+from kbitc.errors import UnsupportedError, UsageError
+from tests.passes.rewrite.test_integer_only import ENCODER, NORMS, WEIGHTS, encoder_feeds
+from tests.passes.rewrite.test_quantize_static import between, own_cache
+from tests.support.onnx_text import noise, proto
+
+__all__ = ["own_cache"]
+
+
+def test_a_network_of_integers_is_equal(tmp_path: Path) -> None:
+    graph, weights = between("d = Conv<pads = [1, 1, 1, 1]>(x, u) e = Add(c, d) s = Sigmoid(e) r = Mul(e, s)")
+    feeds = [{"x": noise(2, 3, 12, 10, seed=seed)} for seed in range(3)]
+    report = kbitc.compile(proto(graph, weights), tmp_path / "m.kbit", bits=8, activations="static", calibration=feeds)
+    assert report.accuracy["exact"]
+    assert report.accuracy["lowering"]["y"]["max_error"] == 0
+    assert all(item.entry.activation == "uint8" for item in report.weights)
+    found = kbitc.load(tmp_path / "m.kbit")(feeds[0])
+    assert found["y"].dtype == np.float32
+
+
+def test_an_encoder_of_integers_is_equal(tmp_path: Path) -> None:
+    weights = {"table": noise(20, 16), "places": noise(1, 6, 16) / 4, **NORMS}
+    weights |= {name if name in "abc" else f"{name}0": array for name, array in WEIGHTS.items()}
+    report = kbitc.compile(
+        proto(ENCODER, weights), tmp_path / "m.kbit", bits=8, integer_only=True, calibration=encoder_feeds()
+    )
+    assert report.accuracy["exact"] and report.accuracy["lowering"]["y"]["max_error"] == 0
+
+
+def test_refusals(tmp_path: Path) -> None:
+    graph = proto("g (float[2, 8] x) => (float[2, 8] y) { m = MatMul(x, w) y = Exp(m) }", {"w": noise(8, 8)})
+    feeds = [{"x": noise(2, 8)}]
+    with pytest.raises(UnsupportedError, match="Exp has no integer form"):
+        kbitc.compile(graph, tmp_path / "m.kbit", integer_only=True, calibration=feeds)
+    with pytest.raises(UsageError, match="--calibration"):
+        kbitc.compile(graph, tmp_path / "m.kbit", activations="static")
+    assert not (tmp_path / "m.kbit").exists()

@@ -11,6 +11,7 @@ the sum of every block is multiplied by its factor before it is added.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -156,7 +157,10 @@ class _Generator:
                 for out, kind in zip(outs, kinds, strict=True)
             ]
             few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
-            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile)
+            # An image has as many rows as pixels, however many images there are.
+            least = prod(dim for dim in rows.out_shape if isinstance(dim, int))
+            least = least if isinstance(rows, ConvRows) else 0
+            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, least)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from its bias to its results in memory."""

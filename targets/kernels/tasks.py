@@ -50,7 +50,12 @@ def store_channels(
 
 
 def row_tasks(
-    rows: Expr, tile: tuple[int, int], few_tiles: int, output_tiles: int, body: Callable[[Expr, int, Expr, int], None]
+    rows: Expr,
+    tile: tuple[int, int],
+    few_tiles: int,
+    output_tiles: int,
+    body: Callable[[Expr, int, Expr, int], None],
+    least: int = 0,
 ) -> None:
     """Cover [rows, 16-channel tiles] with register tiles in parallel.
 
@@ -64,10 +69,14 @@ def row_tasks(
             (known now: only when there is one row).
         output_tiles: 16-channel tiles in all.
         body: emits a register tile (first row, rows, first tile, tiles).
+        least: rows that there are if there are any; spares the code for fewer than `tile[0]`.
     """
     if isinstance(rows, int):
         few = rows == 1
         _tasks(rows, 1 if few else min(rows, tile[0]), few_tiles if few else tile[1], output_tiles, body)
+        return
+    if least >= tile[0]:
+        _tasks(rows, *tile, output_tiles, body)
         return
     v.when(
         rows < v.i64(tile[0]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,18 @@ class InputMoments:
     def power(self) -> FloatArray:
         """E[x^2], f32 [G, K]: the diagonal of `second`."""
         return np.ascontiguousarray(np.diagonal(self.second, axis1=1, axis2=2))
+
+    def shrunk(self) -> InputMoments:
+        """The same with E[x_i x_j], i != j, times count / (count + K).
+
+        From few rows the products of different inputs are mostly chance, and a solver that moves errors along them
+        fits the samples, not the data: a fixed form of shrinkage to the diagonal (Ledoit and Wolf, 2004).
+        """
+        size = self.second.shape[1]
+        second = self.second * np.float32(self.count / (self.count + size))
+        inside = np.arange(size)
+        second[:, inside, inside] = self.power
+        return replace(self, second=second)
 
     def output_power(self, weight: FloatArray) -> npt.NDArray[np.float64]:
         """E[(w_n x)^2] of every output channel, f64 [N]; of an error W - Wq, the mean squared error that it makes.

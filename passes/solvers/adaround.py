@@ -61,7 +61,11 @@ def solve(
         return np.asarray(array.reshape(groups, shape[0] // groups, -1), np.float32)
 
     up = _learn(
-        grouped(weight - scales * (low - zeros)), grouped(scales * gap), grouped(share), inputs.second, iterations
+        grouped(weight - scales * (low - zeros)),
+        grouped(scales * gap),
+        grouped(share),
+        inputs.shrunk().second,
+        iterations,
     )
     found = replace(start, codes=(below + up.reshape(shape)).astype(np.uint8))
     return better_rows(weight, inputs, better_rows(weight, inputs, rtn.solve(weight, scheme, inputs), start), found)

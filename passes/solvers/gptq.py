@@ -9,6 +9,8 @@ form used here (LDLQ; Chee et al., arXiv 2307.13304, theorem 6): with H + dampin
 needs no inverse. Scales are chosen anew for every block when its first column comes, on the corrected weights, weighted
 with D_k. Order (`act_order`): blocks with the most input energy first, within a block too; a block stays together.
 
+H is shrunk towards its diagonal where there are few rows (`InputMoments.shrunk`).
+
 `sweeps` rounds of coordinate descent follow (QuantEase, Behdin et al., arXiv 2309.01885, equation 9): alternately the
 least-squares scale of each block and the best code of each column, everything else fixed; neither can raise the error.
 At the end each output channel keeps round to nearest where that is still better.
@@ -59,7 +61,7 @@ def solve(
     first = mse_clip.solve(weight, scheme, inputs)
     if inputs is None:
         return first
-    problem = Columns.of(weight, first, inputs, act_order)
+    problem = Columns.of(weight, first, inputs.shrunk(), act_order)
     problem.round_in_order(damping)
     for _ in range(sweeps):
         problem.refit_scales()

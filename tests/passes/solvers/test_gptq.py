@@ -16,7 +16,7 @@ from kbitc.quant.scheme import QuantScheme
 def inputs_of(x: np.ndarray) -> InputMoments:
     second = (x.T @ x / len(x)).astype(np.float32)
     size = np.abs(x)[None].astype(np.float32)
-    return InputMoments(second[None], x.mean(0)[None].astype(np.float32), size.mean(1), size.max(1), 1)
+    return InputMoments(second[None], x.mean(0)[None].astype(np.float32), size.mean(1), size.max(1), len(x))
 
 
 def correlated(size: int, seed: int = 0) -> np.ndarray:
@@ -81,3 +81,23 @@ def test_only_float_block_scales_of_a_lopsided_grid_are_signed() -> None:
     for text, signed in (("int4:b32", True), ("int4:c", False), ("uint4:b32", False), ("nf4:b32", False)):
         scheme = QuantScheme.parse(text)
         assert signed_scales(scheme.data_type(), scheme) is signed
+
+
+def test_few_rows_are_trusted_less() -> None:
+    inputs = inputs_of(correlated(24)[:24])
+    found = inputs.shrunk()
+    np.testing.assert_array_equal(found.power, inputs.power)
+    np.testing.assert_array_equal(found.second[0][0, 1:], inputs.second[0][0, 1:] * np.float32(0.5))
+
+
+def test_shrinking_helps_on_rows_that_were_not_seen() -> None:
+    """40 rows for 64 inputs: without shrinking GPTQ moves errors where only these 40 rows do not see them."""
+    rng = np.random.default_rng(0)
+    few, many = inputs_of(rng.normal(size=(40, 64))), inputs_of(rng.normal(size=(4000, 64)))
+    weight = rng.normal(size=(32, 1, 64)).astype(np.float32)
+    scheme = QuantScheme.parse("int3:b32")
+    certain = InputMoments(few.second, few.mean, few.mean_abs, few.peak, 10**9)
+    shrunk, blind = (
+        many.output_power(weight - gptq.solve(weight, scheme, each).dequantize()).sum() for each in (few, certain)
+    )
+    assert shrunk < 0.5 * blind

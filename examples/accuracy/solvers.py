@@ -186,12 +186,15 @@ def table() -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Compare solvers on real models.")
-    parser.add_argument("tasks", nargs="*", choices=list(TASKS), metavar="TASK")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--peers", action="store_true", help="onnxruntime's quantizers, and zero points everywhere")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
+    for name in arguments.tasks:
+        if name not in TASKS:
+            parser.error(f"unknown task {name!r}")
     for name in arguments.tasks:
         compare(name, arguments.bits, arguments.peers, arguments.rows)
     if arguments.table or not arguments.tasks:

@@ -187,6 +187,8 @@ def score_task(name: str, chosen: list[str], again: bool) -> None:
     missing = [row for row in chosen if again or not is_finished(kept.get(row), row, mark)]
     if not missing:
         return
+    machine = harness.machine(THREADS)
+    machine["versions"]["kbitc"] = kbitc.__version__  # a checkout need not be installed
     reference = task.rows(stream_onnx(task.model, task.batches, THREADS))
     with tempfile.TemporaryDirectory() as folder:
         for row in missing:
@@ -195,7 +197,7 @@ def score_task(name: str, chosen: list[str], again: bool) -> None:
             print(f"{task.title}, {row}: {tables.summary(made, task.words)}", flush=True)
             content = {
                 "task": task.title, "words": task.words, "better": task.better, "in_factors": task.in_factors,
-                "samples": len(reference), "machine": harness.machine(THREADS),
+                "samples": len(reference), "machine": machine,
                 "rows": {row: kept[row] for row in OPTIONS if row in kept},
             }  # fmt: skip
             tables.RESULTS.mkdir(exist_ok=True)

@@ -97,8 +97,9 @@ def summary_table(contents: list[Mapping[str, Any]]) -> list[str]:
 
 
 def markdown(folder: Path = RESULTS) -> str:
-    """All results files in one text."""
+    """All results of score.py in one text; files of other scripts in the folder are left alone."""
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    contents = [content for content in contents if "task" in content]
     if not contents:
         return ""
     where = contents[0]["machine"]

@@ -131,6 +131,7 @@ def test_bootstrap_of_a_mean_is_about_its_standard_error_wide_and_pairs_samples(
 def test_tables_show_every_row_and_stand_between_the_marks(run: Any, tmp_path: Path) -> None:
     run()
     readme = tmp_path / "README.md"
+    (tmp_path / "results" / "other.json").write_text('{"rows of": "another script"}')
     readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
     tables.update_readme(readme, tmp_path / "results")
     text = readme.read_text()

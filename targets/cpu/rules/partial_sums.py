@@ -15,6 +15,7 @@ from typing import Any
 from tvm import tirx
 
 from kbitc.targets.cpu.rules import nest
+from kbitc.targets.kernels.mathfn import fma
 
 Expr = Any
 Var = Any
@@ -30,8 +31,23 @@ _JOIN = {
 
 
 def join(reducer: str, a: Expr, b: Expr) -> Expr:
-    """One step of a reduction."""
-    return _JOIN[reducer](a, b)
+    """One step of a reduction; a is what is reduced so far.
+
+    A product is added by an explicit fma: what a code generator contracts by itself differs from target to target.
+    """
+    if reducer != "sum" or not str(b.ty.dtype).startswith("float32"):
+        return _JOIN[reducer](a, b)
+    names: list[tuple[Var, Expr]] = []
+    inner = b
+    while isinstance(inner, tirx.Let):
+        names.append((inner.var, inner.value))
+        inner = inner.body
+    if not isinstance(inner, tirx.Mul):
+        return a + b
+    total = fma(inner.a, inner.b, a)
+    for name, bound in reversed(names):
+        total = tirx.Let(name, bound, total)
+    return total
 
 
 def reduce_line(

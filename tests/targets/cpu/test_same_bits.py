@@ -15,7 +15,7 @@ from kbitc.targets.build import build
 from tests.support.groups import HERE
 from tests.support.qemu import need_runner, run_on
 
-ROWS, COLUMNS = 40, 93
+ROWS, COLUMNS = 2000, 93
 
 
 def model() -> Any:

@@ -60,4 +60,6 @@ def _settled(model: ir.Model, entry: PlanEntry, static: StaticPlan) -> PlanEntry
     found = {item.node: item for item in static.nodes}
     users = [found[node] for node in entry.nodes if node in found and found[node].op_type in ops.WEIGHT_USES]
     declined = next((item.reason for item in users if item.form != INTEGER), None)
+    if not users:
+        declined = "no node of the main graph reads it"
     return entry if declined is None else replace(entry, activation=FLOAT, reason=f"float activations: {declined}")

@@ -274,3 +274,15 @@ def test_static_needs_samples_and_sane_numbers() -> None:
     wishes = options.from_arguments(bits=8, activations="static")
     with pytest.raises(UsageError, match="--calibration"):
         plan_static(Samples(original, None), QuantPlan(()), {}, (), wishes)
+
+
+def test_weights_inside_a_loop_are_said_to_meet_floats() -> None:
+    """More than 16 steps become a Scan, into which no calibration sees."""
+    graph = """g (float[20, 1, 16] x) => (float[] y) {
+        h, last, cell = LSTM<hidden_size = 16>(x, w, r) f = Flatten(last) y = MatMul(f, v) }"""
+    weights = {"w": noise(1, 64, 16), "r": noise(1, 64, 16, seed=1), "v": noise(16, 4)}
+    _, made, plan, _ = quantized(graph, weights)
+    assert operator_counts(made)["Scan"] == 1
+    (inside,) = (entry for entry in plan.entries if entry.nodes == ("h.forward.MatMul",))
+    assert inside.scheme is not None and inside.activation == "float32"
+    assert inside.reason == "float activations: no node of the main graph reads it"

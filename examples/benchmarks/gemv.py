@@ -1,9 +1,10 @@
 """Products of few or many rows with one weight at every k, against onnxruntime fp32 and MatMulNBits, one thread.
 
-    python examples/benchmarks/gemv.py [--size 4096] [--layers 1 8] [--rows 1 8 32 128] [--schemes int4:b32 ...]
+    python examples/benchmarks/gemv.py [--shapes NxK ...] [--layers 1 8] [--rows 1 8 32 128] [--schemes int4:b32 ...]
 
-x [rows, size] times `layers` weights [size, size], one after another. One layer of 4096 lies in a large third-level
-cache and shows the arithmetic; eight layers come from memory, as in a real decoder, and show the bytes.
+x [rows, K] times a weight of shape NxK, or one after another as many as --layers says (square ones only). One layer of
+4096x4096 lies in a large third-level cache and shows the arithmetic; eight layers come from memory, as in a real
+decoder, and show the bytes; 768x768 shows the cost of a call.
 kbitc's time includes the quantization of the activations, as onnxruntime's with accuracy_level 4 does.
 All engines work in the calling thread, so that its processor time is measured. Writes results/gemv.json (one row of
 activations) and results/gemm.json (more).
@@ -35,14 +36,21 @@ BLOCK = 32
 PEER = "onnxruntime MatMulNBits 4 bits"
 BASELINE = "onnxruntime fp32"
 SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}")
+SHAPES = ("4096x4096", "768x768", "3072x768", "11008x4096")
+FULL_SHAPE = "4096x4096"
+# What is measured at the other shapes.
+FEWER_SCHEMES = ("int2:b32", "int3:b32", "int4:b32", "int8:b32", "nf4:b32")
 # With many rows the bits hardly matter, but the blocks do.
 MANY_ROWS_SCHEMES = ("int4:b32", "int4:b128", "nf4:b32", "int8:c")
 Floats = npt.NDArray[np.float32]
 
 
-def model_of(nodes: list[onnx.NodeProto], arrays: dict[str, npt.NDArray[Any]], rows: int, size: int) -> onnx.ModelProto:
-    """A model x -> y, both float32 [rows, size]."""
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, size]) for name in ("x", "y")]
+def model_of(
+    nodes: list[onnx.NodeProto], arrays: dict[str, npt.NDArray[Any]], rows: int, weight: Floats
+) -> onnx.ModelProto:
+    """A model x [rows, K] -> y [rows, N], float32; weight [K, N]."""
+    widths = zip(("x", "y"), weight.shape, strict=True)
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, width]) for name, width in widths]
     graph = helper.make_graph(
         nodes, "gemv", value[:1], value[1:], [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     )
@@ -56,23 +64,23 @@ def float_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
     nodes = [
         helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], name=f"layer{i}") for i in range(len(weights))
     ]
-    return model_of(nodes, {f"w{i}": w for i, w in enumerate(weights)}, rows, weights[0].shape[0])
+    return model_of(nodes, {f"w{i}": w for i, w in enumerate(weights)}, rows, weights[0])
 
 
 def four_bit_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
     """The same with com.microsoft MatMulNBits, 4 bits, block 32, accuracy_level 4 (int8 arithmetic)."""
     names, arrays, nodes = chain(len(weights)), {}, []
-    size = weights[0].shape[0]
+    inputs, outputs = weights[0].shape
     for i, weight in enumerate(weights):
-        blocks = weight.T.reshape(size, size // BLOCK, BLOCK)
+        blocks = weight.T.reshape(outputs, inputs // BLOCK, BLOCK)
         scales = (np.abs(blocks).max(axis=2) / 7).astype(np.float32)
         codes = np.clip(np.rint(blocks / scales[..., None]) + 8, 0, 15).astype(np.uint8)
         arrays[f"w{i}"] = codes[..., 0::2] | (codes[..., 1::2] << 4)
         arrays[f"s{i}"] = scales
-        attributes = {"K": size, "N": size, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
-        inputs = [names[i], f"w{i}", f"s{i}"]
-        nodes.append(helper.make_node("MatMulNBits", inputs, [names[i + 1]], domain="com.microsoft", **attributes))
-    return model_of(nodes, arrays, rows, size)
+        attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        given = [names[i], f"w{i}", f"s{i}"]
+        nodes.append(helper.make_node("MatMulNBits", given, [names[i + 1]], domain="com.microsoft", **attributes))
+    return model_of(nodes, arrays, rows, weights[0])
 
 
 def chain(layers: int) -> list[str]:
@@ -100,18 +108,18 @@ def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path) -> Ca
     return lambda: module.run_raw(arguments)
 
 
-def measure(schemes: list[str], size: int, layers: int, rows: int) -> dict[str, Any]:
+def measure(schemes: list[str], shape: str, layers: int, rows: int) -> dict[str, Any]:
     """One row of results: every scheme and onnxruntime take turns."""
     random = np.random.default_rng(0)
-    shape = (size, size)
-    weights = [(random.standard_normal(shape) / np.sqrt(size)).astype(np.float32) for _ in range(layers)]
-    x = random.standard_normal((rows, size)).astype(np.float32)
+    outputs, inputs = (int(text) for text in shape.split("x"))
+    weights = [(random.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32) for _ in range(layers)]
+    x = random.standard_normal((rows, inputs)).astype(np.float32)
     model = float_model(weights, rows)
     contestants = {
         BASELINE: in_onnxruntime(model, x),
         PEER: in_onnxruntime(four_bit_model(weights, rows), x),
     }
-    title = f"{rows} x {size} x {size}, {layers} layer(s)"
+    title = f"{rows} x {shape}, {layers} layer(s)"
     with tempfile.TemporaryDirectory() as folder:
         for scheme in schemes:
             contestants[f"kbitc {scheme}"] = in_kbitc(model, scheme, x, Path(folder))
@@ -121,21 +129,28 @@ def measure(schemes: list[str], size: int, layers: int, rows: int) -> dict[str, 
     return row
 
 
+def vectors(shapes: list[str], layers: list[int], schemes: list[str] | None) -> list[dict[str, Any]]:
+    """Results of one row of activations: every k at 4096x4096, some elsewhere; more than one layer where square."""
+    cases = [(shape, n) for shape in shapes for n in layers if n == 1 or shape == FULL_SHAPE]
+    return [
+        measure(schemes or list(SCHEMES if shape == FULL_SHAPE else FEWER_SCHEMES), shape, n, 1) for shape, n in cases
+    ]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Matrix-vector products at every k against onnxruntime.")
-    parser.add_argument("--size", type=int, default=4096, help="N and K of every layer")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxK", help="of the weight")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, MEMORY_LAYERS])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--schemes", nargs="+", help="of kbitc; by default every k for one row, some for more")
     chosen = parser.parse_args()
     harness.pin(1)
     if 1 in chosen.rows:
-        schemes = chosen.schemes or list(SCHEMES)
-        print(harness.save("gemv", [measure(schemes, chosen.size, n, 1) for n in chosen.layers], threads=1))
+        print(harness.save("gemv", vectors(chosen.shapes, chosen.layers, chosen.schemes), threads=1))
     if many := [rows for rows in chosen.rows if rows > 1]:
         schemes = chosen.schemes or list(MANY_ROWS_SCHEMES)
-        print(harness.save("gemm", [measure(schemes, chosen.size, 1, rows) for rows in many], threads=1))
+        print(harness.save("gemm", [measure(schemes, FULL_SHAPE, 1, rows) for rows in many], threads=1))
 
 
 if __name__ == "__main__":

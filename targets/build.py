@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 import onnx_ir as ir
 
-from kbitc.targets.link import export_library
+from kbitc.targets.cpu.codegen import compile_kernels
+from kbitc.targets.link import export_library, find_compiler
 from kbitc.targets.lower.emitter import Lowered, Signature, check_lowerable, lower
 from kbitc.targets.lower.shape_functions import sort_shape_functions
 from kbitc.targets.rules.base import schedule
@@ -143,19 +146,16 @@ def _compiled(module: Any, target: Target, dump: Dump | None) -> bytes:
     import tvm
     from tvm import relax
 
-    tvm_target = tvm.target.Target(target.tvm)
-    skipped = IDLE_ON_CPU if target.device == "cpu" else []
-    with tvm_target, tvm.transform.PassContext(disabled_pass=skipped):
-        executable = relax.build(module, tvm_target, relax_pipeline=relax_pipeline())
-        if dump is not None:
-            dump("11-source.s", lambda: _assembly(executable))
-        return export_library(executable, target)
-
-
-def _assembly(executable: Any) -> str:
-    """Assembly text of the compiled kernels."""
-    modules = [executable.mod, *executable.mod.imports]
-    return "\n".join(str(module.inspect_source("s")) for module in modules if module.kind == "llvm")
+    if target.device != "cpu":
+        tvm_target = tvm.target.Target(target.tvm)
+        with tvm_target:
+            return export_library(relax.build(module, tvm_target, relax_pipeline=relax_pipeline()), target)
+    find_compiler(target.machine)
+    code = compile_kernels(module, target, relax_pipeline(), IDLE_ON_CPU)
+    if dump is not None:
+        dump("11-source.s", code.assembly)
+    with tempfile.TemporaryDirectory(prefix="kbitc-link-") as folder:
+        return code.link(Path(folder))
 
 
 __all__ = ["Built", "Signature", "build", "check_lowerable", "compile_module", "relax_pipeline", "rules_text"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from kbitc.options import Method, from_arguments
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.solve import solve_weights
 from kbitc.targets.build import build
+from kbitc.targets.cpu.codegen import LEAST_KERNELS, PARTS, divided
 from kbitc.targets.target import parse_target
 from tests.conftest import lacking
 from tests.support.lowered import model_of, run_of
@@ -49,6 +51,30 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     assert [(name, array.tobytes()) for name, array in first.weights.items()] == [
         (name, array.tobytes()) for name, array in second.weights.items()
     ]
+
+
+def test_kernels_compiled_side_by_side_give_the_same_bytes_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 2 * LEAST_KERNELS
+    weights = [f"float[{i}, {i + 1}] w{i} = {{{', '.join(['0.5'] * i * (i + 1))}}}" for i in range(1, count + 1)]
+    steps = " ".join(f"t{i + 1} = MatMul(t{i}, w{i})" for i in range(1, count + 1))  # each of another shape
+    model = model_of(f"g (float[2, 1] t1) => (float[2, {count + 1}] t{count + 1}) <{', '.join(weights)}> {{ {steps} }}")
+    target = parse_target("reference")
+    libraries = set()
+    for cores in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        built = build(model, target)
+        libraries.add(built.library)
+    assert len(built.kernels) >= 2 * LEAST_KERNELS, "they would all be in one part"
+    assert len(libraries) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, LEAST_KERNELS, 2 * LEAST_KERNELS, 10 * PARTS * LEAST_KERNELS + 3])
+def test_every_kernel_is_in_one_part(count: int) -> None:
+    kernels = [(f"k{i}", i) for i in range(count)]
+    parts = divided(kernels)
+    assert 1 <= len(parts) <= PARTS
+    assert sorted(item for part in parts for item in part.items()) == sorted(kernels)
+    assert all(len(part) >= LEAST_KERNELS for part in parts) or len(parts) == 1
 
 
 def test_the_dump_tells_every_stage() -> None:

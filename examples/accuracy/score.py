@@ -3,6 +3,7 @@
     python examples/accuracy/score.py                          what is missing of everything
     python examples/accuracy/score.py cls tagger --rows 'W4*'  these tasks, the rows that match
     python examples/accuracy/score.py cls --again              made anew
+    python examples/accuracy/score.py smollm --onnxruntime     the quantized ONNX file in place of a bundle (quicker)
     python examples/accuracy/score.py --table                  only the tables of README.md
 
 A row of OPTIONS is the arguments of kbitc.compile. A finished row is kept in results/TASK.json as long as the model and
@@ -150,8 +151,8 @@ def quantize_and_run(task: Task, arguments: Mapping[str, Any], folder: Path) -> 
     return rows, {"bits_per_weight": report.as_json()["bits_per_weight"]}
 
 
-def make_row(task: Task, name: str, reference: Array, folder: Path) -> dict[str, Any]:
-    """One finished row, or the reason why there is none."""
+def make_row(task: Task, name: str, reference: Array, folder: Path, *, bundles: bool) -> dict[str, Any]:
+    """One finished row, or the reason why there is none; without `bundles` the ONNX file is run in onnxruntime."""
     options = OPTIONS[name]
     if options is None:
         return {"model_bytes": task.model.stat().st_size, **judge(task, reference, reference)}
@@ -161,12 +162,12 @@ def make_row(task: Task, name: str, reference: Array, folder: Path) -> dict[str,
     arguments = {name: value for name, value in options.items() if name != "calibrated"}
     if options.get("calibrated"):
         arguments["calibration"] = task.calibration
-    made: dict[str, Any] = {"options": options}
+    made: dict[str, Any] = {"options": options, "run": "bundle" if bundles else "onnxruntime"}
     try:
         try:
-            rows, facts = compile_and_run(task, arguments, folder)
+            rows, facts = (compile_and_run if bundles else quantize_and_run)(task, arguments, folder)
         except UnsupportedError as error:
-            made["refused"] = str(error)
+            made |= {"refused": str(error), "run": "onnxruntime"}
             rows, facts = quantize_and_run(task, arguments, folder)
     except KbitcError as error:
         return {**made, "refused": str(error)}
@@ -178,7 +179,7 @@ def is_finished(row: Mapping[str, Any] | None, name: str, mark: str) -> bool:
     return bool(row and "refused" not in row and row["fingerprint"] == mark and row.get("options") == OPTIONS[name])
 
 
-def score_task(name: str, chosen: list[str], again: bool) -> None:
+def score_task(name: str, chosen: list[str], again: bool, bundles: bool) -> None:
     """Make the rows of one task that are missing; the results file is written after each."""
     path = tables.RESULTS / f"{name}.json"
     task = TASKS[name]()
@@ -192,7 +193,7 @@ def score_task(name: str, chosen: list[str], again: bool) -> None:
     reference = task.rows(stream_onnx(task.model, task.batches, THREADS))
     with tempfile.TemporaryDirectory() as folder:
         for row in missing:
-            made = make_row(task, row, reference, Path(folder))
+            made = make_row(task, row, reference, Path(folder), bundles=bundles)
             kept[row] = {**made, "fingerprint": mark, "commit": commit(), "date": time.strftime("%F", time.gmtime())}
             print(f"{task.title}, {row}: {tables.summary(made, task.words)}", flush=True)
             content = {
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"default: all of {', '.join(TASKS)}")
     parser.add_argument("--rows", nargs="+", default=["*"], metavar="PATTERN", help="rows whose name matches one")
     parser.add_argument("--again", action="store_true", help="make finished rows anew")
+    parser.add_argument("--onnxruntime", action="store_true", help="run the quantized ONNX files, build no bundles")
     parser.add_argument("--table", action="store_true", help="only write the tables into README.md")
     options = parser.parse_args()
     for name in options.tasks:
@@ -220,7 +222,7 @@ def main() -> None:
         parser.error(f"no row matches; there are: {', '.join(OPTIONS)}")
     if not options.table:
         for name in options.tasks or TASKS:
-            score_task(name, chosen, options.again)
+            score_task(name, chosen, options.again, not options.onnxruntime)
     tables.update_readme()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from kbitc.bundle.writer import Staging
+    from kbitc.importer.batches import Batches
     from kbitc.passes.solve import Solved
     from kbitc.passes.verify.accuracy import References
     from kbitc.passes.verify.score import Score
@@ -46,8 +48,14 @@ class Prepared:
     original: ir.Model
     feeds: list[dict[str, Any]]
     data: str
-    calibration: Any
+    calibration: Batches | None
     provenance: dict[str, Any]
+
+    def solved_on(self) -> list[dict[str, Any]]:
+        """The batches that weights are solved on; none without calibration data."""
+        from kbitc.importer.feeds import SOLVED_BATCHES, SOLVED_BYTES
+
+        return [] if self.calibration is None else self.calibration.spread(SOLVED_BATCHES, SOLVED_BYTES)
 
 
 @dataclass(frozen=True)
@@ -161,7 +169,7 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
     from kbitc.importer import load_model
-    from kbitc.importer.feeds import sample_feeds
+    from kbitc.importer.feeds import open_batches, sample_feeds
     from kbitc.importer.signature import parse_constant, parse_shape
     from kbitc.passes.canonicalize import canonicalize
     from kbitc.passes.split.pipeline import split_products
@@ -183,8 +191,9 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     with trace.stage("check target"):
         check_target(original, target)
     with trace.stage("samples"):
-        feeds, data = sample_feeds(original, calibration)
-    return Prepared(original, feeds, data, calibration, provenance(source, options))
+        batches = None if calibration is None else open_batches(original, calibration)
+        feeds, data = sample_feeds(original, batches)
+    return Prepared(original, feeds, data, batches, provenance(source, options))
 
 
 def quantize_prepared(
@@ -194,11 +203,11 @@ def quantize_prepared(
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
     from kbitc.passes.solve import solve_weights
-    from kbitc.passes.verify.accuracy import reference_runs
+    from kbitc.passes.verify.accuracy import HELD_BYTES, reference_runs
     from kbitc.static import plan_static
 
     with trace.stage("quantize"):
-        feeds = prepared.feeds if prepared.calibration is not None else ()
+        feeds = prepared.solved_on()
         solved = solve_weights(prepared.original, plan, kinds, options.method(bool(feeds)), feeds, trace.on_stage)
         weights = account(solved, plan, kinds)
     if options.activation == UINT8:
@@ -211,7 +220,8 @@ def quantize_prepared(
         legality.require(legality.after_rewrite(quantized), "the rewrite")
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
-        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data)
+        held = HELD_BYTES if options.budget.max_drop is None else math.inf  # a score needs every label's sample
+        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held)
     return Quantized(quantized, plan, solved.tensors, weights, references)
 
 

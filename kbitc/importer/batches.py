@@ -45,6 +45,25 @@ class Batches:
         note = f", {sum(lost)} left out because they fill no batch" if sum(lost) else ""
         return found, f"{len(found)} {self._source}{note}"
 
+    def spread(self, limit: int, most_bytes: int) -> list[Feeds]:
+        """Batches from all over the data: at most `limit`, of at most `most_bytes` together (one batch may be more).
+
+        Where there are too many, every second, fourth, eighth ... batch is kept; all are read.
+        """
+        kept: list[Feeds] = []
+        step = 1
+        for position, feeds in enumerate(self):
+            if position % step:
+                continue
+            kept.append(feeds)
+            while len(kept) > 1 and (len(kept) > limit or _bytes_of(kept) > most_bytes):
+                kept, step = kept[::2], 2 * step
+        return kept
+
+
+def _bytes_of(batches: Iterable[Feeds]) -> int:
+    return sum(array.nbytes for feeds in batches for array in feeds.values())
+
 
 class Spool:
     """Makes an iterator readable again: what was taken from it lies in a temporary folder that goes with the object."""

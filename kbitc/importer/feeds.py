@@ -23,6 +23,8 @@ Array = npt.NDArray[Any]
 
 #: Most batches that a model is compared on.
 MAX_BATCHES = 64
+#: Most batches that weights are solved on, and their bytes.
+SOLVED_BATCHES, SOLVED_BYTES = 256, 1 << 28
 #: Samples in a batch where the model leaves that open.
 OPEN_BATCH = 8
 #: Generated samples: the noise of few draws of few numbers says little of the next draw.
@@ -90,11 +92,14 @@ def open_batches(model: ir.Model, calibration: Any) -> Batches:
 
     Args:
         model: the model.
-        calibration: path of a .npz or .npy file or of a folder of them, or an iterable of feeds {name: array}.
+        calibration: path of a .npz or .npy file or of a folder of them, a finite iterable of feeds {name: array}, or
+            what this function gave.
 
     Raises:
         CalibrationError: a folder without data; while reading, data that do not fit the model.
     """
+    if isinstance(calibration, Batches):
+        return calibration
     inputs = model_inputs(model)
     if isinstance(calibration, str | os.PathLike):
         return _from_path(inputs, Path(calibration))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 LOWERING_CEILING_DB = 60.0
 # 20 log10 2: see `needed_sqnr_db`.
 TWO_DRAWS_DB = 6.02
+#: Bytes of one model's outputs that are held for the comparison; the first batches are compared that fit.
+HELD_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,21 @@ class References:
     exact: bool = False
 
 
-def reference_runs(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str) -> References:
-    """Run the models in onnxruntime, one after the other so that only one is loaded at a time."""
-    runs = _run_all(original, feeds), _run_all(quantized, feeds)
+def reference_runs(
+    original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str, held: float = HELD_BYTES
+) -> References:
+    """Run the models in onnxruntime, one after the other so that only one is loaded at a time.
+
+    Args:
+        original, quantized: the float and the quantized model.
+        feeds: samples; as many of the first as give `held` bytes of outputs are run.
+        data: where they come from.
+        held: bytes of one model's outputs.
+    """
+    floats = _run_all(original, feeds, held)
+    if len(floats) < len(feeds):
+        feeds, data = feeds[: len(floats)], f"{data}, compared on the first {len(floats)}"
+    runs = floats, _run_all(quantized, feeds)
     plain = without_rounding(quantized)
     unrounded = runs[1] if plain is None else _run_all(plain, feeds)
     # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs.
@@ -91,9 +106,14 @@ def reference_runs(original: ir.Model, quantized: ir.Model, feeds: Sequence[Feed
     return References(feeds, *runs, runs[0] if rounds_floats(quantized) else unrounded, data, exact)
 
 
-def _run_all(model: ir.Model, feeds: Sequence[Feeds]) -> list[dict[str, Array]]:
-    session = Session(model)
-    return [session.run(feed) for feed in feeds]
+def _run_all(model: ir.Model, feeds: Sequence[Feeds], held: float = math.inf) -> list[dict[str, Array]]:
+    session, outputs = Session(model), list[dict[str, Array]]()
+    for feed in feeds:
+        outputs.append(session.run(feed))
+        held -= sum(array.nbytes for array in outputs[-1].values())
+        if held <= 0:
+            break
+    return outputs
 
 
 def measure(references: References, run: Run | None) -> Accuracy:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+import kbitc
 from kbitc.errors import CalibrationError
 from kbitc.graph.evaluate import evaluate
 from kbitc.importer.arrays import read_arrays
-from kbitc.importer.feeds import made_up_feeds, model_inputs, read_feeds, sample_feeds
-from tests.support.onnx_text import model, noise
+from kbitc.importer.feeds import made_up_feeds, model_inputs, open_batches, read_feeds, sample_feeds
+from tests.support.onnx_text import model, noise, proto
 
 GOOD = noise(6, 8)
 
@@ -56,6 +57,29 @@ def test_npy_and_folders(subject: ir.Model, tmp_path: Path) -> None:
 def test_iterables(subject: ir.Model) -> None:
     feeds, note = sample_feeds(subject, ({"x": GOOD[i : i + 2]} for i in (0, 2)))
     assert len(feeds) == 2 and "caller" in note
+
+
+def test_too_many_batches_are_thinned_evenly(subject: ir.Model) -> None:
+    def feeds() -> Iterator[dict[str, np.ndarray]]:
+        return ({"x": np.full((2, 8), number, np.float32)} for number in range(100))
+
+    batches = open_batches(subject, feeds())
+    for limit, most_bytes, step in ((30, 1 << 20, 4), (200, 64 * 30, 4), (200, 1 << 20, 1), (200, 1, 128)):
+        kept = [int(item["x"][0, 0]) for item in batches.spread(limit, most_bytes)]
+        assert kept == list(range(0, 100, step))
+    assert open_batches(subject, batches) is batches
+
+
+def test_an_iterator_serves_every_stage(tmp_path: Path) -> None:
+    graph = "g (float[N, 8] x) => (float[] y) { y = MatMul(x, w) }"
+    subject = proto(graph, {"w": noise(8, 4)})
+    samples = [{"x": noise(4, 8, seed=seed)} for seed in range(3)]
+    written = []
+    for number, data in enumerate((samples, iter(samples))):
+        out = tmp_path / f"{number}.onnx"
+        kbitc.quantize(subject, out, scheme="int8:c", activations="static", calibration=data)
+        written.append(out.read_bytes())
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize(

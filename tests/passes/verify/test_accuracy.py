@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from kbitc.errors import AccuracyError, InternalError
-from kbitc.passes.verify.accuracy import Accuracy, References, check_floor, check_lowering, measure
+from kbitc.passes.verify.accuracy import Accuracy, References, check_floor, check_lowering, measure, reference_runs
+from tests.support.onnx_text import model
 
 RANDOM = np.random.default_rng(5)
 ORIGINAL = RANDOM.normal(size=(4, 100)).astype(np.float32)
@@ -68,3 +69,12 @@ def test_without_a_module_the_quantized_onnx_is_judged() -> None:
     check_lowering(accuracy)
     with pytest.raises(AccuracyError):
         check_floor(accuracy, 30.0)
+
+
+def test_outputs_are_held_up_to_a_limit() -> None:
+    subject = model("g (float[N, 8] x) => (float[] y) { y = Relu(x) }")
+    feeds = [{"x": np.full((1, 8), number, np.float32)} for number in range(9)]
+    found = reference_runs(subject, subject, feeds, "9 batches", held=3 * 32)
+    assert len(found.feeds) == len(found.original) == len(found.quantized) == 3
+    assert found.data == "9 batches, compared on the first 3"
+    assert reference_runs(subject, subject, feeds, "9 batches").data == "9 batches"

@@ -48,6 +48,7 @@ class Task:
     statistic(rows) -> the score, in the unit that `words` names. So a score can be resampled.
     shapes: what is fixed when it is compiled; a letter keeps a dimension free.
     calibration: feeds of other samples, none of which is in `batches`.
+    tables: weights of the look-up table and of the output layer, where they are most of a small model.
     better: "higher" or "lower". in_factors: a loss is a factor, not a difference.
     details(rows) -> further numbers or tables, for the record.
     """
@@ -61,6 +62,7 @@ class Task:
     words: str
     shapes: tuple[str, ...] = ()
     calibration: Sequence[Feeds] = ()
+    tables: Sequence[str] = ()
     better: str = "higher"
     in_factors: bool = False
     details: Callable[[Array], dict[str, Any]] = lambda _: {}

@@ -14,7 +14,7 @@ from gguf_file import GgufFile
 from tasks import Array, Outputs, Task, made_by
 
 GENRES = "abcdefghjklmnpr"
-EVALUATED, CALIBRATED = "01", "02"  # the text of each genre that is measured, and the one that calibrates
+EVALUATED, CALIBRATED = ("01",), ("02", "03", "04", "05")  # texts of each genre that are measured, and that calibrate
 
 
 def plain_text(tagged: str) -> str:
@@ -48,15 +48,19 @@ def perplexity(rows: Array) -> float:
 
 
 def language_model(windows: int = len(GENRES)) -> Task:
-    """Perplexity of the first windows of texts 01 of the genres; texts 02 calibrate."""
+    """Perplexity of the first windows of texts 01 of the genres; texts 02 to 05 calibrate."""
     folder = fetch.fetch("smollm2-135m")
     model = made_by("accuracy/build_smollm.py", folder / NAME.format(CONTEXT))
     metadata = GgufFile(folder / GGUF).metadata
     tokenizer = BytePair(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"])
     corpus = fetch.fetch("data-brown")
     measured, calibrating = (
-        [{"tokens": window(corpus / f"c{genre}{text}", tokenizer, CONTEXT)} for genre in GENRES[:windows]]
-        for text in (EVALUATED, CALIBRATED)
+        [
+            {"tokens": window(corpus / f"c{genre}{text}", tokenizer, CONTEXT)}
+            for text in texts
+            for genre in GENRES[:windows]
+        ]
+        for texts in (EVALUATED, CALIBRATED)
     )
 
     def rows(outputs: Outputs) -> Array:
@@ -69,6 +73,6 @@ def language_model(windows: int = len(GENRES)) -> Task:
 
     return Task(
         "SmolLM2 perplexity", model, measured, measured[0], rows, perplexity, "{:.2f}", (f"tokens=1x{CONTEXT}",),
-        calibration=calibrating, better="lower", in_factors=True,
+        calibration=calibrating, tables=("token_embd.weight", "output.weight"), better="lower", in_factors=True,
         details=lambda rows: {"top-1, %": 100 * float(rows[:, 2].sum() / rows[:, 1].sum())},
     )  # fmt: skip

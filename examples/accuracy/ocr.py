@@ -9,7 +9,9 @@ import lines
 import numpy as np
 from tasks import Array, Outputs, Task, joined, percent
 
-CALIBRATION_SEED, CALIBRATION_LINES = 1000, 64  # lines that no measurement uses
+CALIBRATION_SEED = 1000  # of lines that no measurement uses
+# The classifier pools a whole line before its last layers: they see one row a line, the recogniser's one a column.
+CLASSIFIER_CALIBRATION, RECOGNISER_CALIBRATION = 256, 64  # lines
 
 
 def angle_classifier(count: int = 300) -> Task:
@@ -26,7 +28,7 @@ def angle_classifier(count: int = 300) -> Task:
     def rows(outputs: Outputs) -> Array:
         return (joined(outputs).argmax(axis=1) == turned)[:, None].astype(np.float64)
 
-    calibration = feeds(lines.make_lines(CALIBRATION_LINES, CALIBRATION_SEED))
+    calibration = feeds(lines.make_lines(CLASSIFIER_CALIBRATION, CALIBRATION_SEED))
     return Task(
         "OCR line angle", model, batches, {"x": batches[0]["x"][:1]}, rows, percent, "{:.1f} % right",
         ("x=Nx3x48x192",), calibration,
@@ -58,5 +60,5 @@ def text_recogniser(count: int = 100) -> Task:
     timed = {"x": lines.recogniser_batch(made[len(made) // 2 : len(made) // 2 + 1])}
     return Task(
         "OCR text", model, feeds(made), timed, rows, error_rate, "{:.2f} % wrong", ("x=Nx3x48xW",),
-        feeds(by_width(CALIBRATION_LINES, CALIBRATION_SEED)), better="lower",
+        feeds(by_width(RECOGNISER_CALIBRATION, CALIBRATION_SEED)), better="lower",
     )  # fmt: skip

@@ -34,14 +34,17 @@ import tables
 from tasks import TASKS, Array, Task, percent, stream_onnx
 
 import kbitc
+from kbitc.budget import make_budget
 from kbitc.errors import KbitcError, UnsupportedError
 from kbitc.options import from_arguments
 
 THREADS = 1
 REFERENCE = "onnxruntime float"
 
-# Name of the row -> arguments of kbitc.compile; None is the float model in onnxruntime. `calibrated` is taken out: it
-# says that the task's calibration batches are given. W: bits of a weight, A: bits of an activation.
+# Name of the row -> arguments of kbitc.compile; None is the float model in onnxruntime. Two are taken out: `calibrated`
+# says that the task's calibration batches are given, `tables` what the task's tables become instead. W: bits of a
+# weight, A: bits of an activation. "mixed": widths by measured sensitivity, together as large as all weights alike.
+OURS = ("calibrated", "tables")
 OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     REFERENCE: None,
     "kbitc float": {"scheme": "float32", "activations": "float"},
@@ -64,6 +67,18 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W3 awq": {"bits": 3, "activations": "float", "solver": "awq", "calibrated": True},
     "W3 hqq": {"bits": 3, "activations": "float", "solver": "hqq"},
     "W2 gptq": {"bits": 2, "activations": "float", "solver": "gptq", "calibrated": True},
+    "W4 uint gptq": {"scheme": "uint4:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
+    "W3 uint gptq": {"scheme": "uint3:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
+    "W4 mixed": {"scheme": "int4:b32", "target_bpw": 4.5, "activations": "float", "calibrated": True},
+    "W3 mixed": {"scheme": "int3:b32", "target_bpw": 3.5, "activations": "float", "calibrated": True},
+    "W2 mixed": {"scheme": "int2:b32", "target_bpw": 2.5, "activations": "float", "calibrated": True},
+    "W3 gptq, tables W8": {
+        "bits": 3,
+        "activations": "float",
+        "solver": "gptq",
+        "calibrated": True,
+        "tables": "int8:b32",
+    },  # fmt: skip
     "W4A8 dynamic gptq": {"bits": 4, "activations": "dynamic", "solver": "gptq", "calibrated": True},
     "W8A8 static": {"scheme": "int8:c", "activations": "static", "calibrated": True},
     "W4A8 static": {"bits": 4, "activations": "static", "calibrated": True},
@@ -73,14 +88,15 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
 
 def unknown_options(options: Mapping[str, Any]) -> list[str]:
     """Options of a row that this kbitc does not have."""
-    known = {*inspect.signature(kbitc.compile).parameters, *inspect.signature(from_arguments).parameters}
-    return [name for name in options if name not in known and name != "calibrated"]
+    calls = (kbitc.compile, from_arguments, make_budget)
+    known = {name for call in calls for name in inspect.signature(call).parameters}
+    return [name for name in options if name not in known and name not in OURS]
 
 
-def fingerprint(task: Task) -> str:
-    """SHA-256 over the model file and all samples: rows with the same one can be compared."""
+def fingerprint(task: Task, calibrated: bool) -> str:
+    """SHA-256 over the model file, the samples and, where a row is `calibrated`, the samples that it is made with."""
     digest = hashlib.sha256(hashlib.sha256(task.model.read_bytes()).digest())
-    for feeds in (*task.batches, *task.calibration):
+    for feeds in (*task.batches, *(task.calibration if calibrated else ())):
         for name, array in sorted(feeds.items()):
             digest.update(f"{name} {array.dtype} {array.shape}".encode())
             digest.update(array.tobytes())
@@ -159,9 +175,13 @@ def make_row(task: Task, name: str, reference: Array, folder: Path, *, bundles: 
     unknown = unknown_options(options)
     if unknown:
         return {"options": options, "refused": f"this build of kbitc has no option {', '.join(unknown)}"}
-    arguments = {name: value for name, value in options.items() if name != "calibrated"}
+    arguments = {name: value for name, value in options.items() if name not in OURS}
     if options.get("calibrated"):
         arguments["calibration"] = task.calibration
+    if "tables" in options:
+        arguments["plan"] = folder / "plan.json"
+        entries = [{"tensor": name, "scheme": options["tables"]} for name in task.tables]
+        arguments["plan"].write_text(json.dumps({"version": 1, "tensors": entries}), encoding="utf-8")
     made: dict[str, Any] = {"options": options, "run": "bundle" if bundles else "onnxruntime"}
     try:
         try:
@@ -183,9 +203,14 @@ def score_task(name: str, chosen: list[str], again: bool, bundles: bool) -> None
     """Make the rows of one task that are missing; the results file is written after each."""
     path = tables.RESULTS / f"{name}.json"
     task = TASKS[name]()
-    mark = fingerprint(task)
+    marks = {True: fingerprint(task, True), False: fingerprint(task, False)}
+
+    def mark(row: str) -> str:
+        return marks[bool((OPTIONS[row] or {}).get("calibrated"))]
+
     kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
-    missing = [row for row in chosen if again or not is_finished(kept.get(row), row, mark)]
+    there = [row for row in chosen if task.tables or "tables" not in (OPTIONS[row] or {})]
+    missing = [row for row in there if again or not is_finished(kept.get(row), row, mark(row))]
     if not missing:
         return
     machine = harness.machine(THREADS)
@@ -194,7 +219,12 @@ def score_task(name: str, chosen: list[str], again: bool, bundles: bool) -> None
     with tempfile.TemporaryDirectory() as folder:
         for row in missing:
             made = make_row(task, row, reference, Path(folder), bundles=bundles)
-            kept[row] = {**made, "fingerprint": mark, "commit": commit(), "date": time.strftime("%F", time.gmtime())}
+            kept[row] = {
+                **made,
+                "fingerprint": mark(row),
+                "commit": commit(),
+                "date": time.strftime("%F", time.gmtime()),
+            }
             print(f"{task.title}, {row}: {tables.summary(made, task.words)}", flush=True)
             content = {
                 "task": task.title, "words": task.words, "better": task.better, "in_factors": task.in_factors,

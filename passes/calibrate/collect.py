@@ -1,8 +1,8 @@
 """Statistics of intermediate values over a data set, in bounded memory, and their cache.
 
 All wanted values of one batch would not fit beside a large model, so they are taken in groups whose size fits a budget,
-one session a group. Sessions use one thread an operator and the graph as it is, and statistics are order-free, so
-that the result depends on the model and the set of batches alone.
+one session a group, which starts from what the sessions before it gave. Sessions use one thread an operator and the
+graph as it is, and statistics are order-free, so that the result depends on the model and the set of batches alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def collect(
         model: canonical graph; it is not changed.
         names: graph inputs or values that nodes of the main graph compute.
         batches: feeds; read once.
-        budget: bytes of values held at once.
+        budget: bytes of values held at once, beside those that later parts of the graph start from.
         progress: hears how far it is.
 
     Raises:
@@ -62,14 +62,26 @@ def collect(
     for number, feeds in enumerate(batches, 1):
         progress(f"batch {number}")
         if number == 1:
-            sessions = [
-                Session(only(model, group), threads=1, lean=True) for group in in_groups(model, computed, feeds, budget)
-            ]
+            sessions = _in_turn(model, in_groups(model, computed, feeds, budget))
         stats.add({name: feeds[name] for name in names if name in inputs})
-        for session in sessions:
-            for name, array in session.run(feeds).items():
+        held: dict[str, Array] = {}
+        for index, session in enumerate(sessions):
+            found = session.run({**feeds, **held})
+            for name, array in found.items():
                 stats.add_value(name, array)
+            later = {name for other in sessions[index + 1 :] for name in other.inputs}
+            held = {name: array for name, array in (held | found).items() if name in later}
     return stats
+
+
+def _in_turn(model: ir.Model, groups: Sequence[Sequence[str]]) -> list[Session]:
+    """A session a group of values, each of which takes up where earlier ones got to."""
+    sessions: list[Session] = []
+    before: list[str] = []
+    for group in groups:
+        sessions.append(Session(only(model, group, before), threads=1, lean=True))
+        before += group
+    return sessions
 
 
 def in_groups(model: ir.Model, names: Sequence[str], feeds: Feeds, budget: int) -> list[list[str]]:

@@ -41,8 +41,13 @@ def stream(
         yield {**given, **(session.run(feed) if session is not None else {})}
 
 
-def only(model: ir.Model, names: Sequence[str]) -> ir.Model:
+def only(model: ir.Model, names: Sequence[str], given: Sequence[str] = ()) -> ir.Model:
     """A copy of the model, sharing its weights, that computes the named values and nothing else.
+
+    Args:
+        model: canonical graph; it is not changed.
+        names: what it computes.
+        given: values that are known; those that spare work become inputs, if they are a node's only output.
 
     Raises:
         InternalError: a name that no node of the main graph computes.
@@ -53,5 +58,14 @@ def only(model: ir.Model, names: Sequence[str]) -> ir.Model:
     if unknown:
         raise InternalError("asked for a value that no node computes", got=repr(unknown[0]))
     copy.graph.outputs[:] = [made[name] for name in names]
+    for value in (made[name] for name in given):
+        node = value.producer()
+        if node is not None and len(node.outputs) == 1:
+            known = ir.Value(name=value.name, shape=value.shape, type=value.type)
+            ir.convenience.replace_all_uses_with(value, known)
+            copy.graph.inputs.append(known)
+            value.name = None
     edit.remove_dead(copy)
+    wanted = {value.name for value in model.graph.inputs}
+    copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name in wanted or value.uses()]
     return copy

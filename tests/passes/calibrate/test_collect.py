@@ -10,8 +10,10 @@ import pytest
 
 from kbitc.errors import CalibrationError
 from kbitc.graph.evaluate import evaluate
+from kbitc.graph.text import operator_counts
 from kbitc.importer.feeds import open_batches, sample_feeds
 from kbitc.passes.calibrate import collect as stage
+from kbitc.passes.calibrate.stream import only
 from tests.support.onnx_text import model, noise
 
 NAMES = ("x", "h", "r", "y")
@@ -43,6 +45,19 @@ def test_order_and_grouping_do_not_matter(subject: ir.Model) -> None:
     assert stage.collect(subject, NAMES, feeds()[::-1]).to_bytes() == reference
     assert stage.collect(subject, NAMES, feeds(), budget=1).values.keys() == set(NAMES)
     assert stage.collect(subject, NAMES, feeds(), budget=1).to_bytes() == reference
+
+
+def test_a_part_starts_where_the_one_before_ended() -> None:
+    graph = """g (float[N, 8] x) => (float[N, 8] y) {
+        h = MatMul(x, w)  a, b = Split<axis = 1, num_outputs = 2>(h)  r = Concat<axis = 1>(b, a)  y = Add(r, h) }"""
+    subject = model(graph, {"w": noise(8, 8)})
+    assert operator_counts(only(subject, ["r"], ["h"])) == {"Split": 1, "Concat": 1}
+    assert operator_counts(only(subject, ["y"], ["h", "a", "b", "r"])) == {"Add": 1}
+    cut = only(subject, ["y"], ["a", "b"])  # a node of two outputs is computed again
+    assert operator_counts(cut)["Split"] == 1 and [value.name for value in cut.graph.inputs] == ["x"]
+    names = ["h", "a", "b", "r", "y"]
+    whole, parts = (stage.collect(subject, names, feeds(), budget=size).to_bytes() for size in (1 << 20, 1))
+    assert whole == parts
 
 
 def test_groups_keep_to_the_budget(subject: ir.Model) -> None:

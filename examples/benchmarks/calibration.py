@@ -14,11 +14,13 @@ import json
 import resource
 import time
 
+import harness
 import numpy as np
 import onnx
 import onnx.helper
 import onnx.numpy_helper
 
+THREADS = 1  # the calibration takes one, for equal bits
 HEADS, VOCABULARY, LENGTH, BATCH = 12, 30522, 128, 8
 BERT_LAYER = """
     q0{i} = MatMul(x{i}, wq{i})  q1{i} = Add(q0{i}, bq{i})  k0{i} = MatMul(x{i}, wk{i})  k1{i} = Add(k0{i}, bk{i})
@@ -64,12 +66,13 @@ def bert_shaped(layers: int, width: int) -> onnx.ModelProto:
 
 
 def main() -> None:
-    """Calibrate and print one line of JSON."""
+    """Calibrate, print one line of JSON, and save it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--observer", default="percentile")
+    parser.add_argument("--save", action="store_true", help="write results/calibration.json")
     options = parser.parse_args()
     from kbitc import catalog
     from kbitc.importer import load_model
@@ -84,16 +87,17 @@ def main() -> None:
     stats = collect(model, observable(model), feeds)
     observe = catalog.find("kbitc.passes.observers", options.observer, "observer").observe
     ranges = {name: observe(item, 256) for name, item in stats.values.items()}
+    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
-    print(
-        json.dumps(
-            {
-                "layers": options.layers, "width": options.width, "samples": options.samples, "length": LENGTH,
-                "observer": options.observer, "values": len(ranges), "peak_gib": round(peak, 2),
-                "seconds": round(time.perf_counter() - start),
-            }
-        )
-    )  # fmt: skip
+    name = f"{options.observer}, {len(ranges)} values"
+    row = {
+        "case": f"calibration of {options.layers} layers of {options.width}, {options.samples} sequences of {LENGTH}",
+        "milliseconds": {name: 1000 * seconds}, "speed": {name: 1.0}, "against": name,
+        "float_value": f"peak {peak:.2f} GiB", "peak_gib": peak, "seconds": seconds,
+    }  # fmt: skip
+    print(json.dumps(row))
+    if options.save:
+        harness.save("calibration", [row], THREADS)
 
 
 if __name__ == "__main__":

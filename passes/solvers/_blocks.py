@@ -8,7 +8,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kbitc.errors import InternalError
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scales import round_scales
@@ -150,15 +149,16 @@ def fit_blocks(
         start: a fit to improve on.
     """
     low, high = np.minimum(weight.min(1, keepdims=True), 0), np.maximum(weight.max(1, keepdims=True), 0)
-    best = start
-    for factor in FACTORS:
-        for scales, zeros in trials(factor * low, factor * high, data_type, scheme):
-            tried = nearest(weight, importance, scales, zeros, data_type)
-            if best is None:
-                best = tried
-            best.take(tried)
-    if best is None:
-        raise InternalError("no scale was tried")
+    every = [trial for factor in FACTORS for trial in trials(factor * low, factor * high, data_type, scheme)]
+    best = start or nearest(weight, importance, *every[0], data_type)
+    found = np.zeros(best.error.shape, np.bool_)
+    for scales, zeros in every:
+        error = nearest_error(weight, importance, scales, zeros, data_type)
+        better = error < best.error
+        best.scales, best.zeros = np.where(better, scales, best.scales), np.where(better, zeros, best.zeros)
+        best.error = np.where(better, error, best.error)
+        found |= better
+    best.codes = np.where(found, encode(weight, best.scales, best.zeros, data_type), best.codes)
     for _ in range(REFINEMENTS):
         levels = data_type.grid.astype(np.float32)[best.codes] - best.zeros
         scales = least_squares(weight, importance, levels, best.scales, scheme)
@@ -203,6 +203,23 @@ def nearest(
     codes = encode(weight, scales, zeros, data_type)
     value = scales * (data_type.grid.astype(np.float32)[codes] - zeros)
     return Fit(scales, zeros, codes, squared_error(weight, importance, value))
+
+
+def nearest_error(
+    weight: FloatArray, importance: FloatArray, scales: FloatArray, zeros: FloatArray, data_type: Format
+) -> FloatArray:
+    """The error of `nearest`, to the same bits, without its codes where levels are uniform."""
+    if not data_type.uniform:
+        return nearest(weight, importance, scales, zeros, data_type).error
+    value = np.asarray(weight / np.where(scales == 0, np.float32(1), scales), np.float32)
+    value += zeros
+    np.clip(np.rint(value, out=value), np.float32(data_type.levels[0]), np.float32(data_type.levels[-1]), out=value)
+    value -= zeros
+    value *= scales
+    np.subtract(weight, value, out=value)
+    weighted = importance * value
+    weighted *= value
+    return np.asarray(weighted.sum(-1, keepdims=True), np.float32)
 
 
 def encode(weight: FloatArray, scales: FloatArray, zeros: FloatArray, data_type: Format) -> CodeArray:

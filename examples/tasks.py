@@ -76,12 +76,20 @@ class Task:
         return self.words.format(value)
 
 
-def stream_onnx(model: Path, batches: Iterable[Feeds], threads: int = 0) -> Iterator[dict[str, npt.NDArray[Any]]]:
-    """Outputs of an ONNX file in onnxruntime, batch by batch, with float arithmetic; threads 0: all cores."""
+def stream_onnx(
+    model: Path, batches: Iterable[Feeds], threads: int = 0, *, fused: bool = True
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Outputs of an ONNX file in onnxruntime, batch by batch, with float arithmetic; threads 0: all cores.
+
+    Without `fused` every operator is computed as it stands: the kernel into which onnxruntime 1.31 makes a 2-bit
+    DequantizeLinear, MatMul and Add gives other numbers than they (magika with 2-bit weights: 15 dB against -1 dB).
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if not fused:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     # Else it would round the activations of DequantizeLinear + MatMul to int8.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])

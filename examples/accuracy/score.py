@@ -163,7 +163,7 @@ def quantize_and_run(task: Task, arguments: Mapping[str, Any], folder: Path) -> 
     """
     path = folder / "model.onnx"
     report = kbitc.quantize(task.model, path, shapes=task.shapes, force=True, **arguments)
-    rows = task.rows(stream_onnx(path, task.batches, THREADS))
+    rows = task.rows(stream_onnx(path, task.batches, THREADS, fused=False))
     return rows, {"bits_per_weight": report.as_json()["bits_per_weight"]}
 
 

@@ -1,11 +1,13 @@
 """Voice activity: is there speech in each 32 ms of a recording, by silero-vad.
 
 The recording is the only one. It is cut into ten pieces of 3 s: one calibrates, nine are measured. The network
-remembers (LSTM), so it hears the second before a piece too, which is not measured with it.
+remembers (LSTM), so it hears the second before a piece too, which is not measured with it. Three seconds of one voice
+are little to calibrate with: the piece is also played faster, slower, softer and with noise.
 """
 
 from __future__ import annotations
 
+import itertools
 import wave
 from pathlib import Path
 
@@ -17,18 +19,34 @@ from tasks import Array, Outputs, Task
 RATE, FRAME, CONTEXT, STATE = 16000, 512, 64, 128  # samples a second, of a frame, before it; numbers remembered
 THRESHOLD = 0.5
 PIECE, BEFORE = 93, 31  # frames of a piece, and those heard before it
+SPEEDS, GAINS, NOISES = (1.0, 0.85, 1.15), (1.0, 0.3), (0.0, 0.003)  # of the variants that calibrate
 CALIBRATES = 2  # the piece in which speech begins, 6 s into the recording
 
 
-def read_frames(path: Path) -> npt.NDArray[np.float32]:
-    """Frames of a 16-bit recording at 16 kHz, each with the samples before it: f32 [frames, 576] in -1 to 1."""
+def read_samples(path: Path) -> npt.NDArray[np.float32]:
+    """A 16-bit recording at 16 kHz, f32 in -1 to 1."""
     with wave.open(str(path)) as file:
         if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (RATE, 1, 2):
             raise ValueError(f"{path}: expected one channel of 16 bits at {RATE} Hz")
-        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+        return np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float32) / 2**15
+
+
+def framed(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Frames, each with the samples before it: f32 [frames, 576]."""
     samples = np.concatenate([np.zeros(CONTEXT, np.float32), samples])
     count = (len(samples) - CONTEXT) // FRAME
     return np.stack([samples[FRAME * i : FRAME * (i + 1) + CONTEXT] for i in range(count)])
+
+
+def variants(samples: npt.NDArray[np.float32]) -> list[npt.NDArray[np.float32]]:
+    """A short recording as it might have been: at other speeds, softer, and noisier; as long as it is."""
+    generator = np.random.default_rng(0)
+    found = []
+    for speed, gain, noise in itertools.product(SPEEDS, GAINS, NOISES):
+        places = np.arange(len(samples)) * speed % (len(samples) - 1)
+        heard = np.interp(places, np.arange(len(samples)), samples) * gain
+        found.append((heard + noise * generator.standard_normal(len(samples))).astype(np.float32))
+    return found
 
 
 def read_labels(path: Path, count: int) -> npt.NDArray[np.bool_]:
@@ -63,7 +81,7 @@ def feeds(frames: npt.NDArray[np.float32]) -> dict[str, npt.NDArray[np.float32]]
 def voice_activity() -> Task:
     """F1 of the frames of nine pieces, in percent; AUC in the details."""
     folder = fetch.fetch("data-speech30s")
-    frames = read_frames(folder / "sample.wav")
+    frames = framed(read_samples(folder / "sample.wav"))
     speech = read_labels(folder / "sample.rttm", len(frames))
     silence = np.zeros((BEFORE, frames.shape[1]), np.float32)
     heard = np.concatenate([silence, frames])
@@ -78,9 +96,11 @@ def voice_activity() -> Task:
     model = fetch.fetch("silero-vad") / "silero_vad_16k_sequence.onnx"
     batches = [feeds(heard[start : start + BEFORE + PIECE]) for start in starts]
     # The calibrating piece in place of the second before it, too: no frame that is measured calibrates.
-    own = frames[calibrating : calibrating + PIECE]
+    own = frames[calibrating : calibrating + PIECE, CONTEXT:].reshape(-1)
+    heard_too = [framed(each) for each in variants(own)]
     return Task(
         "voice activity", model, batches, batches[0], rows, f1, "F1 {:.2f} %",
-        (f"input={BEFORE + PIECE}x{FRAME + CONTEXT}",), [feeds(np.concatenate([own[-BEFORE:], own]))],
+        (f"input={BEFORE + PIECE}x{FRAME + CONTEXT}",),
+        [feeds(np.concatenate([each[-BEFORE:], each])) for each in heard_too],
         details=lambda rows: {"AUC, %": area_under_curve(rows)},
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Compare kbitc's solvers with each other and with other quantizers: same model, same weights, same data.
 
     python examples/accuracy/solvers.py minilm cls rec          3 and 4 bits, blocks of 32, float activations
-    python examples/accuracy/solvers.py minilm --peers          the peers of onnxruntime too, where they import (4 bits)
+    python examples/accuracy/solvers.py minilm --peers          the quantizers of peers.py too, where they import
     python examples/accuracy/solvers.py --table                 print results/solvers.json
 
 Everybody calibrates on `task.calibration` and is judged on `task.batches`, which hold other samples: the ratio of
@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from peers import PEERS, Write
 from tasks import TASKS, Task, stream_onnx
 
 from kbitc import driver
@@ -51,8 +52,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "gptq": {"solver": "gptq", "equalize": "none", "data": True},
     "gptq, bias": {"solver": "gptq", "data": True},
 }
-#: Algorithms of onnxruntime's tool and whether they are asked for symmetric weights.
-PEERS = (("rtn", True), ("rtn", False), ("hqq", False), ("gptq", False), ("k_quant", False))
 Outputs = list[npt.NDArray[np.float64]]
 
 
@@ -77,7 +76,7 @@ class Kbitc:
         self.exclude = ("type:Gather",) if task.title.startswith("MiniLM") else ()
         self.memo: dict[str, InputMoments] = {}
 
-    def write(self, out: Path, scheme: str, row: dict[str, Any]) -> None:
+    def write(self, out: Path, *, scheme: str, row: dict[str, Any]) -> None:
         """Quantize the weights and write the model, as `kbitc quantize` does."""
         calibrated = bool(row.get("data"))
         options = from_arguments(
@@ -90,31 +89,8 @@ class Kbitc:
         write_model(driver.rewrite(solved.model, plan, solved.tensors, kinds), out)
 
 
-def ort_file(task: Task, out: Path, *, algorithm: str, symmetric: bool) -> None:
-    """Quantize with onnxruntime's MatMulNBits tool, 4 bits."""
-    import onnx
-    from onnxruntime.quantization import CalibrationDataReader
-    from onnxruntime.quantization import matmul_nbits_quantizer as tool
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.rest = iter(task.calibration)
-
-        def get_next(self) -> Any:
-            return next(self.rest, None)
-
-    configurations: dict[str, Callable[[], Any]] = {
-        "rtn": lambda: tool.DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=symmetric, accuracy_level=1),
-        "hqq": lambda: tool.HQQWeightOnlyQuantConfig(block_size=BLOCK, bits=4),
-        "gptq": lambda: tool.GPTQWeightOnlyQuantConfig(Reader(), block_size=BLOCK, actorder=False, mse=True),
-        "k_quant": lambda: tool.KQuantWeightOnlyQuantConfig(),
-    }
-    work = tool.MatMulNBitsQuantizer(
-        onnx.load(str(task.model)), block_size=BLOCK, is_symmetric=symmetric, accuracy_level=1,
-        algo_config=configurations[algorithm](),
-    )  # fmt: skip
-    work.process()
-    work.model.save_model_to_file(str(out), use_external_data_format=False)
+def _peer(write: Write, task: Task, bits: int, out: Path) -> None:
+    write(task, out, bits, BLOCK)
 
 
 def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dict[str, Any]:
@@ -124,7 +100,7 @@ def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dic
         start = time.perf_counter()
         make(out)
         seconds = time.perf_counter() - start
-        outputs = list(stream_onnx(out, task.batches))
+        outputs = list(stream_onnx(out, task.batches, fused=False))
     return {
         "sqnr_db": round(sqnr_db(reference, first_outputs(outputs)), 2),
         "score": round(task.measure(outputs), 4),
@@ -144,21 +120,14 @@ def compare(name: str, bits: Sequence[int], peers: bool, rows: Sequence[str]) ->
         for scheme in (f"int{width}:b{BLOCK}", f"uint{width}:b{BLOCK}:zp") if peers else (f"int{width}:b{BLOCK}",):
             for row in rows:
                 jobs[f"{scheme} {row}"] = partial(ours.write, scheme=scheme, row=ROWS[row])
-    if peers:
-        for algorithm, symmetric in (
-            ("rtn", True),
-            ("rtn", False),
-            ("hqq", False),
-            ("gptq", False),
-            ("k_quant", False),
-        ):
-            kind = "int4" if symmetric else "uint4"
-            jobs[f"{kind} onnxruntime {algorithm}"] = partial(ort_file, task, algorithm=algorithm, symmetric=symmetric)
+    for width in bits if peers else ():
+        for peer, write in PEERS.items():
+            jobs[f"{peer}, {width} bits"] = partial(_peer, write, task, width)
     for label, make in jobs.items():
         try:
             keep(name, label, measure(task, reference, make))
         except Exception as error:
-            if "onnxruntime" not in label:
+            if label.startswith(("int", "uint")):
                 raise
             keep(name, label, {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
 
@@ -189,7 +158,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--peers", action="store_true", help="onnxruntime's quantizers, and zero points everywhere")
+    parser.add_argument("--peers", action="store_true", help="other quantizers, and ours with zero points too")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
     for name in arguments.tasks:

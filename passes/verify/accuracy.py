@@ -25,7 +25,7 @@ LOWERING_CEILING_DB = 60.0
 # 20 log10 2: see `needed_sqnr_db`.
 TWO_DRAWS_DB = 6.02
 #: Bytes of one model's outputs that are held for the comparison; the first batches are compared that fit.
-HELD_BYTES = 1 << 30
+HELD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,8 @@ def run(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(score, "OPTIONS", ROWS)
     monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
 
-    def call(again: bool = False) -> Mapping[str, Any]:
-        score.score_task("signs", list(ROWS), again)
+    def call(again: bool = False, bundles: bool = True) -> Mapping[str, Any]:
+        score.score_task("signs", list(ROWS), again, bundles)
         rows: Mapping[str, Any] = json.loads((tmp_path / "results" / "signs.json").read_text())["rows"]
         return rows
 
@@ -83,7 +83,7 @@ def test_what_is_finished_is_kept_until_the_samples_change(
 ) -> None:
     run()
     made: list[str] = []
-    monkeypatch.setattr(score, "make_row", lambda task, name, *_: made.append(name) or {"refused": "no"})
+    monkeypatch.setattr(score, "make_row", lambda task, name, *_, **__: made.append(name) or {"refused": "no"})
     run()
     assert made == ["newer", "wrong"], "a refusal is tried again"
     made.clear()
@@ -93,6 +93,27 @@ def test_what_is_finished_is_kept_until_the_samples_change(
     task.batches[0]["x"][0, 0] += 1
     run()
     assert made == list(ROWS)
+
+
+def test_samples_that_calibrate_are_part_of_the_rows_made_with_them(task: Task) -> None:
+    import dataclasses
+
+    other = dataclasses.replace(task, calibration=[{"x": np.ones((2, 32), np.float32)}])
+    assert score.fingerprint(task, False) == score.fingerprint(other, False)
+    assert score.fingerprint(task, True) != score.fingerprint(other, True)
+
+
+def test_files_are_run_in_onnxruntime_where_asked_and_tables_get_their_own_bits(
+    run: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dataclasses
+
+    monkeypatch.setitem(ROWS, "tables", {"bits": 3, "activations": "float", "tables": "int8:b32"})
+    assert "tables" not in run(bundles=False)
+    monkeypatch.setattr(score, "TASKS", {"signs": lambda: dataclasses.replace(task, tables=("w",))})
+    rows = run(bundles=False)
+    assert rows["W8"]["run"] == "onnxruntime" and rows["W8"]["score"] == 100.0
+    assert rows["tables"]["bits_per_weight"] == 8.5
 
 
 def test_losses_are_points_or_factors(task: Task) -> None:

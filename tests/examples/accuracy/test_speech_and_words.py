@@ -16,18 +16,26 @@ def test_frames_overlap_by_their_context_and_labels_follow_the_middles(tmp_path:
     with wave.open(str(tmp_path / "x.wav"), "wb") as file:
         file.setparams((1, 2, speech.RATE, 0, "NONE", ""))
         file.writeframes(samples.tobytes())
-    frames = speech.read_frames(tmp_path / "x.wav")
+    frames = speech.framed(speech.read_samples(tmp_path / "x.wav"))
     assert frames.shape == (3, 576) and (frames[0, :64] == 0).all()
     assert (frames[1] * 2**15 == samples[512 - 64 : 1024]).all()
     (tmp_path / "x.rttm").write_text("SPEAKER x 1 0.040 0.030 <NA> <NA> a <NA> <NA>\n")
     assert speech.read_labels(tmp_path / "x.rttm", 4).tolist() == [False, True, False, False]
 
 
+def test_variants_are_as_long_and_the_first_is_the_recording() -> None:
+    samples = np.sin(np.arange(2000, dtype=np.float32))
+    made = speech.variants(samples)
+    assert len(made) == len(speech.SPEEDS) * len(speech.GAINS) * len(speech.NOISES)
+    assert all(each.shape == samples.shape and each.dtype == np.float32 for each in made)
+    np.testing.assert_array_equal(made[0][:-1], samples[:-1])
+
+
 def test_another_recording_is_refused(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "x.wav"), "wb") as file:
         file.setparams((2, 2, 8000, 0, "NONE", ""))
     with pytest.raises(ValueError, match="one channel of 16 bits at 16000 Hz"):
-        speech.read_frames(tmp_path / "x.wav")
+        speech.read_samples(tmp_path / "x.wav")
 
 
 def test_f1_and_area_of_known_rows() -> None:

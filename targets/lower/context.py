@@ -69,6 +69,16 @@ class Context:
             self._symbols[name] = dims.symbol(re.sub(r"\W", "_", name))
         return self._symbols[name]
 
+    def fresh_symbol(self, name: str) -> Dim:
+        """A symbolic dimension that no dimension of the model shares, whatever that is called."""
+        while name in self._symbols:
+            name += "_"
+        return self.symbol(name)
+
+    def symbols(self) -> list[Dim]:
+        """All symbolic dimensions so far; a function besides main takes them as arguments."""
+        return list(self._symbols.values())
+
     def bind(self, target: ir.Value, value: Value | Deferred) -> None:
         """Give a graph value its lowered form; write it to memory where that saves work."""
         if isinstance(value, Lazy):

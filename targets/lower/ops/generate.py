@@ -44,17 +44,16 @@ def constant_of_shape(ctx: Context, node: ir.Node) -> Value:
 
 
 def range_(ctx: Context, node: ir.Node) -> Value:
-    """Range whose ends are known up to symbolic dimensions."""
+    """Range whose ends are known up to symbolic dimensions; floats must be whole numbers, as sizes cast to float are."""
     start, limit, step = (attributes.known(ctx, node, index, "the ends of a Range") for index in range(3))
     if start is None or limit is None or step is None:
         raise refuse(node, "Range needs three inputs", remedy="repair the model")
-    first, last, stride = (array.reshape(-1)[0] for array in (start, limit, step))
+    ends = [array.reshape(-1)[0] for array in (start, limit, step)]
     dtype = attributes.value(ctx, node, 0).dtype
-    if dtypes.is_float(dtype) or known.is_expression(stride) or int(stride) == 0:
-        raise refuse(
-            node, "Range with these ends", got=f"{first}, {last}, {stride}", remedy="fix the shape with --shape"
-        )
-    first, last, stride = dims.as_dim(_plain(first)), dims.as_dim(_plain(last)), int(stride)
+    first, last, stride = (_whole(item) for item in ends)
+    if first is None or last is None or not stride or not dims.is_static(stride):
+        shown = ", ".join(map(str, ends))
+        raise refuse(node, "Range with these ends", got=shown, remedy="fix the shape with --shape")
     span = dims.simplify(last - first) if stride > 0 else dims.simplify(first - last)
     count = dims.maximum(0, dims.ceil_divide(span, abs(stride)))
     return Lazy(
@@ -62,8 +61,12 @@ def range_(ctx: Context, node: ir.Node) -> Value:
     )
 
 
-def _plain(item: Any) -> Any:
-    return item if known.is_expression(item) else int(item)
+def _whole(item: Any) -> Dim | None:
+    """A number or expression as a dimension; None when it need not be whole."""
+    if known.is_expression(item):
+        plain = item.value if isinstance(item, tirx.Cast) else item
+        return dims.as_dim(plain) if str(plain.ty.dtype) == "int64" else None
+    return int(item) if float(item).is_integer() else None
 
 
 def one_hot(ctx: Context, node: ir.Node) -> Value:

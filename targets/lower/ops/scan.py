@@ -2,7 +2,8 @@
 
 `step` computes the body once. `steps` calls `step` for one element, else itself for the first half of its range and
 then for the second: TVM's virtual machine calls functions on the machine's stack, so that its depth is the logarithm
-of the number of elements. What the body reads from outside (weights too) are further parameters of both.
+of the number of elements. What the body reads from outside (weights too) are further parameters of both, and so are
+the symbolic dimensions of the model: they cannot be told from shapes such as [(width - 1) // 8 + 1, 512].
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def scan(ctx: Context, node: ir.Node) -> list[Value]:
     step, outside, types = _step_function(ctx, loop, name)
     count = len(loop.states)
     steps = _steps_function(ctx, loop, step, outside, types, f"{name}s")
-    whole = relax.ShapeExpr([dims.expression(0), dims.expression(loop.length)])
+    whole = relax.ShapeExpr([dims.expression(0), dims.expression(loop.length), *ctx.symbols()])
     arguments = [whole, *(state.var for state in loop.states), *outside]
     found = _items(ctx, ctx.emit(relax.Call(steps, arguments)), len(types))
     results: list[Value] = [
@@ -135,9 +136,9 @@ def _dry(ctx: Context, loop: _Loop) -> list[Value]:
 def _step_function(ctx: Context, loop: _Loop, name: str) -> tuple[Any, list[RelaxExpr], list[Any]]:
     """The function of one step, the outer variables it takes behind the states, and the types of its results."""
     inner = ctx.inner()
-    at = inner.symbol("at")
+    at = inner.fresh_symbol("at")
     states = [Tensor(relax.Var("state", old.var.ty), old.shape, old.dtype) for old in loop.states]
-    parameters = [relax.Var("at", relax.ShapeType([at])), *(state.var for state in states)]
+    parameters = [relax.Var("at", relax.ShapeType([at, *ctx.symbols()])), *(state.var for state in states)]
 
     def body() -> Any:
         variables = [inner.var(value) for value in _emit_body(inner, loop, states, at)]
@@ -153,24 +154,25 @@ def _step_function(ctx: Context, loop: _Loop, name: str) -> tuple[Any, list[Rela
 def _steps_function(ctx: Context, loop: _Loop, step: Any, outside: list[RelaxExpr], types: list[Any], name: str) -> Any:
     """The function of a range of steps: begin and length, the states, and what else a step reads."""
     inner = ctx.inner()
-    begin, length = inner.symbol("begin"), inner.symbol("length")
+    begin, length = inner.fresh_symbol("begin"), inner.fresh_symbol("length")
+    symbols = ctx.symbols()
     states = [relax.Var("state", old.var.ty) for old in loop.states]
     further = [relax.Var("outer", var.ty) for var in outside]
-    parameters = [relax.Var("range", relax.ShapeType([begin, length])), *states, *further]
+    parameters = [relax.Var("range", relax.ShapeType([begin, length, *symbols])), *states, *further]
     count = len(states)
     outputs = [relax.TensorType((length, *kind.shape.values[1:]), kind.dtype) for kind in types[count:]]
     result = relax.TupleType([*types[:count], *outputs])
     this = ctx.declare(name, parameters, result)
 
     def one() -> Any:
-        call = ctx.emit(relax.Call(step, [relax.ShapeExpr([begin]), *states, *further]))
+        call = ctx.emit(relax.Call(step, [relax.ShapeExpr([begin, *symbols]), *states, *further]))
         found = _items(ctx, call, len(types))
         seen = [ctx.builder.match_cast(var, kind) for var, kind in zip(found[count:], outputs, strict=True)]
         return ctx.emit(relax.Tuple([*found[:count], *seen]))
 
     def many() -> Any:
         half = tirx.floordiv(length, tirx.IntImm("int64", 2))
-        ranges = ((begin, half), (begin + half, length - half))
+        ranges = ((begin, half, *symbols), (begin + half, length - half, *symbols))
         first = _items(ctx, ctx.emit(relax.Call(this, [relax.ShapeExpr(ranges[0]), *states, *further])), len(types))
         rest = relax.Call(this, [relax.ShapeExpr(ranges[1]), *first[:count], *further])
         second = _items(ctx, ctx.emit(rest), len(types))

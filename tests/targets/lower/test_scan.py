@@ -49,6 +49,33 @@ def test_any_number_of_steps_and_values_from_outside(steps: int) -> None:
     assert_same(expected, dict(zip(expected, found, strict=True)))
 
 
+def test_sizes_that_are_computed_and_symbols_named_as_the_loop_names_its_own() -> None:
+    """The number of steps is half of a symbol, and the rows' width is called as a range's length is inside."""
+    text = """
+g (float[T, length] x) => (float[length] last, float[S, length] sums) {
+  pair = Constant<value_ints = [-1, 2]>()
+  width = Shape<start = 1, end = 2>(x)
+  target = Concat<axis = 0>(pair, width)
+  pairs = Reshape(x, target)
+  rows = ReduceSum<keepdims = 0>(pairs, one)
+  start = ConstantOfShape(width)
+  scale = Add(width, one)
+  factor = Cast<to = 1>(scale)
+  last, sums = Scan<num_scan_inputs = 1,
+    body = step (float[length] total, float[length] row) => (float[length] next, float[length] seen) {
+      scaled = Mul(row, factor)
+      next = Add(total, scaled)
+      seen = Identity(next)
+    }>(start, rows)
+}"""
+    parts = {"one": np.array([1])}
+    runnable = run_of(canonicalize(model(text, parts)))
+    for steps, width in ((1, 1), (3, 5), (6, 2)):
+        feeds = {"x": np.random.default_rng(steps).integers(-8, 9, (2 * steps, width)).astype(np.float32)}
+        expected = evaluate(model(text, parts), feeds)
+        assert_same(expected, dict(zip(expected, runnable(feeds), strict=True)))
+
+
 def test_another_axis_is_refused() -> None:
     subject = canonicalize(model(backward_sums(", scan_output_axes = [1]"), {"two": np.float32(2)}))
     with pytest.raises(UnsupportedError, match="Scan along another axis"):

@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 from tvm import tirx
 
+from kbitc.graph.shape_rules import TO_THE_END
 from kbitc.targets.lower import attributes, dims
 from kbitc.targets.lower.attributes import axis_of, known_dims, known_ints
 from kbitc.targets.lower.broadcast import REPEATED_COST, stretch
@@ -257,11 +258,11 @@ def _clamped(size: Dim, position: Dim, lowest: int, highest: Dim) -> Dim:
         if position < 0:
             if dims.is_static(size):
                 position = max(position + size, lowest)
-            elif position <= -dims.LARGEST_DIM:
+            elif position <= -TO_THE_END:
                 return lowest
             else:
                 return dims.maximum(lowest, size + position)
-        if position >= dims.LARGEST_DIM:
+        if position >= TO_THE_END:
             return highest
     elif not dims.provably(position >= 0):
         position = tirx.Select(position < 0, position + size, position)

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tvm import te, tirx
 
 from kbitc.targets.lower import attributes, dims, dtypes, scalar
-from kbitc.targets.lower.attributes import axes_of, axis_of, known_ints
+from kbitc.targets.lower.attributes import axes_of, axis_of, known_dims, known_ints
 from kbitc.targets.lower.broadcast import elementwise
 from kbitc.targets.lower.context import Context, number
 from kbitc.targets.lower.group import Group, TeTensor, compute, named
@@ -319,15 +319,15 @@ def lp_normalization(ctx: Context, node: ir.Node) -> Value:
 def top_k(ctx: Context, node: ir.Node) -> list[Value]:
     """TopK by rank counting: element i goes to the place that says how many elements come before it."""
     source = ctx.tensor(attributes.value(ctx, node, 0))
-    counts = known_ints(ctx, node, 1, "K") or [node.attributes.get_int("k", 1)]
+    count = (known_dims(ctx, node, 1, "K") or [node.attributes.get_int("k", 1)])[0]
     axis = axis_of(node, node.attributes.get_int("axis", -1), len(source.shape))
     largest = node.attributes.get_int("largest", 1) == 1
     size = source.shape[axis]
-    if dims.is_static(size) and counts[0] > size:
-        raise refuse(node, "K is larger than the axis", got=counts[0], remedy="repair the model")
+    if dims.provably(dims.expression(count) > dims.expression(size)):
+        raise refuse(node, "K is larger than the axis", got=count, remedy="repair the model")
     lazy = ctx.lazy(source)
     rank = _ranks(ctx, lazy, axis, largest)
-    shape = (*source.shape[:axis], counts[0], *source.shape[axis + 1 :])
+    shape = (*source.shape[:axis], count, *source.shape[axis + 1 :])
 
     def build(group: Group) -> list[TeTensor]:
         k = te.reduce_axis((0, dims.expression(size)), "k")

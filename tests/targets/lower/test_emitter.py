@@ -166,3 +166,21 @@ def test_lowering_does_not_change_the_model() -> None:
 def test_the_table_of_lowerable_operators_agrees_with_the_emitters() -> None:
     """What the legality check lets through has an emitter; what has none is refused there."""
     assert set(LOWERABLE) - standard_operators() == set()
+
+
+@pytest.mark.parametrize("end", [10**9, 2**31 - 1, 2**63 - 1])
+def test_a_slice_to_the_end_keeps_a_symbolic_dimension(end: int) -> None:
+    """A bound such as min(2147483647, n) would make the memory plan reserve for 2147483647 rows."""
+    text = f"g (float[n, 4] x) => (float[m, 4] y) {{ z = Abs(x)\n y = Slice(z, zero, end, zero, one) }}"
+    body = f"<int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] end = {{{end}}}> {{"
+    lowered = run_of(model_of(text.replace("{", body, 1))).lowered
+    assert [signature.shape for signature in lowered.outputs] == [("n", 4)]
+
+
+def test_top_k_of_a_whole_symbolic_axis_sorts_it() -> None:
+    """As torch exports packed sequences: K is the size of the axis."""
+    runnable = run_of(model_of("g (int64[n] x) => (int64[n] y, int64[n] at) { k = Shape(x)\n y, at = TopK(x, k) }"))
+    for x in ([3], [2, 9, 2, 5], [7, 7, 7]):
+        y, at = runnable({"x": np.array(x)})
+        assert y.tolist() == sorted(x, reverse=True)
+        assert at.tolist() == np.argsort(-np.array(x), kind="stable").tolist()

@@ -226,7 +226,7 @@ def _bind_later(ctx: Context, node: ir.Node, emit: Emit) -> None:
 
     def compute(index: int) -> Value:
         if not made:
-            made.extend(_folded(ctx, node) if constant and _foldable(node) else _emitted(ctx, node, emit))
+            made.extend(_folded(ctx, node) if _foldable(ctx, node) else _emitted(ctx, node, emit))
         return made[index]
 
     for index, output in enumerate(node.outputs):
@@ -239,9 +239,13 @@ def _emitted(ctx: Context, node: ir.Node, emit: Emit) -> list[Value]:
     return [value.value() if isinstance(value, Deferred) else value for value in values]
 
 
-def _foldable(node: ir.Node) -> bool:
-    """Whether onnxruntime can work a node of constants out; types below 8 bits are not as it wants them here."""
-    return not node.domain and node.op_type not in ("DequantizeLinear", "QuantizeLinear")
+def _foldable(ctx: Context, node: ir.Node) -> bool:
+    """Whether onnxruntime can work a node out: all it reads is known, and not only up to symbolic dimensions; types
+    below 8 bits are not as it wants them here."""
+    if node.domain or node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+        return False
+    values = [ctx.get(source) for source in node.inputs if source is not None]
+    return all(isinstance(value, Constant) and not value.is_symbolic for value in values)
 
 
 def _folded(ctx: Context, node: ir.Node) -> list[Value]:

@@ -225,8 +225,6 @@ def cast(ctx: Context, node: ir.Node, operands: Sequence[Constant]) -> Constant:
 def gather(ctx: Context, node: ir.Node, operands: Sequence[Constant]) -> Constant:
     """Gather with known indices."""
     data, where = operands
-    if where.is_symbolic:
-        raise refuse(node, "indices of a shape must be numbers")
     axis = axis_of(node, node.attributes.get_int("axis", 0), data.array.ndim)
     taken = np.take(_objects(data), where.array.astype(np.int64), axis=axis)
     return make(np.asarray(taken, dtype=object).reshape(-1), np.shape(taken), data.dtype)
@@ -352,6 +350,8 @@ SPECIAL: dict[str, Special] = {
 
 
 OPERATORS = frozenset({*ELEMENTWISE, *SPECIAL})
+#: Operators whose further operands only say where and how many: they are worked out here when these are numbers.
+_STEERED = frozenset(SPECIAL) - {"Concat", "Cast", "CastLike", "Range"}
 
 
 def evaluate(ctx: Context, node: ir.Node, operands: Sequence[Any]) -> list[Constant] | None:
@@ -359,6 +359,8 @@ def evaluate(ctx: Context, node: ir.Node, operands: Sequence[Any]) -> list[Const
     if node.domain or not operands or not all(isinstance(operand, Constant) for operand in operands):
         return None
     if not is_small(operands):
+        return None
+    if node.op_type in _STEERED and any(operand.is_symbolic for operand in operands[1:]):
         return None
     if node.op_type in ELEMENTWISE:
         return [elementwise(node, operands)]

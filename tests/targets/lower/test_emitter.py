@@ -184,3 +184,29 @@ def test_top_k_of_a_whole_symbolic_axis_sorts_it() -> None:
         y, at = runnable({"x": np.array(x)})
         assert y.tolist() == sorted(x, reverse=True)
         assert at.tolist() == np.argsort(-np.array(x), kind="stable").tolist()
+
+
+def test_a_constant_is_repeated_along_a_symbolic_axis() -> None:
+    """As the class token of a vision transformer, or the zero state of an LSTM, of a batch of open size."""
+    text = """g (float[n, 2] x) => (float[n, 3] y) <float[1, 3] token = {1, 2, 3}, int64[1] width = {3}> {
+        rows = Shape<start = 0, end = 1>(x)
+        shape = Concat<axis = 0>(rows, width)
+        y = Expand(token, shape)
+    }"""
+    runnable = run_of(model_of(text))
+    for rows in (1, 4):
+        assert np.array_equal(runnable({"x": noise(rows, 2)})[0], [[1, 2, 3]] * rows)
+
+
+def test_a_constant_table_is_cut_at_a_symbolic_size() -> None:
+    """As the positions of an encoder, which are as many as it was trained with."""
+    text = """g (float[s, 2] x) => (float[s, 2] y) <int64[1] zero = {0}> {
+        size = Shape<start = 0, end = 1>(x)
+        table = Constant<value = float[3, 2] {1, 2, 3, 4, 5, 6}>()
+        positions = Slice(table, zero, size, zero)
+        y = Add(x, positions)
+    }"""
+    runnable = run_of(model_of(text))
+    for rows in (1, 3):
+        x = noise(rows, 2)
+        assert np.array_equal(runnable({"x": x})[0], x + np.arange(1, 7, dtype=np.float32).reshape(3, 2)[:rows])

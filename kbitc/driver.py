@@ -150,7 +150,7 @@ def compile_plan(
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
     report = Report(
         output, target.name, options.scheme_text, with_packed_sizes(made.weights, built.weights), measured.as_json(),
-        built.layers, staging.sizes, trace.seconds, planner.summary(),
+        built.layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
     )  # fmt: skip
 
     def accepts(size: int) -> bool:

@@ -136,6 +136,7 @@ class Report:
         bytes: size of the parts of the result.
         seconds: wall time of each stage.
         planning: how widths were chosen; empty when they were given.
+        calls: one entry a kernel call of the module: the layers it works for (`kbitc.bundle.profile`).
     """
 
     output: str
@@ -147,6 +148,7 @@ class Report:
     bytes: Mapping[str, int] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     planning: Mapping[str, Any] = field(default_factory=dict)
+    calls: Sequence[Mapping[str, Any]] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -169,6 +171,7 @@ class Report:
             "weights": [item.as_json() for item in self.weights],
             "layers": [dict(layer) for layer in self.layers],
             "planning": dict(self.planning),
+            "calls": [dict(call) for call in self.calls],
         }
         if timings:
             data["output"] = self.output

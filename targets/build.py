@@ -42,6 +42,7 @@ class Built:
         inputs, outputs: signature of main; debug outputs come last.
         layers: one dict of facts a contraction.
         kernels: (kernel, schedule rule) pairs.
+        calls: one dict a kernel call: the layers it works for.
     """
 
     library: bytes
@@ -50,6 +51,7 @@ class Built:
     outputs: tuple[Signature, ...]
     layers: tuple[dict[str, Any], ...]
     kernels: tuple[tuple[str, str], ...]
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 def build(
@@ -80,7 +82,9 @@ def build(
         dump("10-tir.py", lambda: str(module.script(show_meta=False)))
         dump("10-rules.txt", lambda: rules_text(lowered, kernels))
     library = compile_module(module, target, dump)
-    return Built(library, lowered.weights, lowered.inputs, lowered.outputs, lowered.layers, tuple(kernels))
+    return Built(
+        library, lowered.weights, lowered.inputs, lowered.outputs, lowered.layers, tuple(kernels), lowered.calls
+    )
 
 
 def rules_text(lowered: Lowered, kernels: list[tuple[str, str]]) -> str:

@@ -13,7 +13,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -27,6 +27,8 @@ RUNTIME = "libtvm_runtime.so"
 RUNTIME_CUDA = "libtvm_runtime_cuda.so"
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}  # DLDeviceType of DLPack
 _POOLED_ALLOCATOR = 2  # tvm::runtime::memory::AllocatorType
+# VMInstrumentReturnKind: what a watcher answers before a call.
+RUN, SKIP = 0, 1
 _SHARE_CORES = -3  # ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore: threads are not pinned to single cores
 _lock = threading.Lock()
 
@@ -204,6 +206,25 @@ class Engine:
         """
         result = self._main(*arguments)
         return [result] if isinstance(result, self._ffi.Tensor) else list(result)
+
+    @contextmanager
+    def watched(self, watch: Callable[..., int]) -> Iterator[None]:
+        """Ask before every call of the virtual machine, while it lasts.
+
+        Args:
+            watch: takes (function, symbol, before, result, *arguments); called before and after each call. When it
+                answers `SKIP` to a call, the call is not made.
+        """
+        self._machine["set_instrument"](self._ffi.convert(watch))
+        try:
+            yield
+        finally:
+            self._machine["set_instrument"](None)
+
+    def nothing(self) -> Callable[..., Any]:
+        """A function of TVM that does nothing, to know what a call costs."""
+        function: Callable[..., Any] = self._ffi.get_global_func("testing.nop")
+        return function
 
     def synchronize(self) -> None:
         """Wait until the device has finished."""

@@ -82,6 +82,16 @@ class Model:
             results = self._run(self.device_arguments(arrays))
             return self._host_outputs(arrays, results)
 
+    @property
+    def engine(self) -> Engine:
+        """The virtual machine that runs it."""
+        return self._engine
+
+    @property
+    def parameters(self) -> Sequence[Any]:
+        """The weights as device tensors."""
+        return tuple(self._parameters)
+
     def device_arguments(self, arrays: Sequence[Array]) -> list[Any]:
         """Checked inputs as the arguments of `run_raw`, on the model's device."""
         return [*(self._engine.put(aligned(array)) for array in arrays), *self._parameters]

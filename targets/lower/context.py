@@ -14,6 +14,7 @@ from tvm import relax, tirx
 from kbitc.errors import InternalError
 from kbitc.graph.edit import describe
 from kbitc.targets.lower import dims, dtypes
+from kbitc.targets.lower.calls import Calls
 from kbitc.targets.lower.contraction import Dim, PrimFunc, RelaxExpr
 from kbitc.targets.lower.group import Group, TeTensor, compute
 from kbitc.targets.lower.values import Constant, Deferred, Expr, Index, Lazy, Tensor, Value
@@ -43,6 +44,7 @@ class Context:
         weights: parameters of main behind the graph inputs, by name, in order.
         debug_outputs: extra outputs of main by name.
         layers: one dict of facts a contraction.
+        calls: which kernel call belongs to which layer.
         skipped: nodes that an earlier node has fused.
     """
 
@@ -54,6 +56,8 @@ class Context:
         self.weights: dict[str, npt.NDArray[Any]] = {}
         self.debug_outputs: dict[str, RelaxExpr] = {}
         self.layers: list[dict[str, Any]] = []
+        self.calls = Calls()
+        self._function = 0
         self.skipped: set[ir.Node] = set()
         self.builder = relax.BlockBuilder()
         self._parameters: dict[str, RelaxExpr] = {}
@@ -215,6 +219,8 @@ class Context:
         other = Context(self.target, dry=self.dry)
         other.builder, other.weights, other.layers = self.builder, self.weights, self.layers
         other._parameters = self._parameters
+        other.calls, other._function = self.calls, self.calls.functions
+        self.calls.functions += 1
         other.memo, other._symbols = dict(self.memo), dict(self._symbols)
         other._values, other._constants = dict(self._values), dict(self._constants)
         return other
@@ -301,9 +307,11 @@ class Context:
         function = function.without_attr("global_symbol")
         found = self.builder.add_func(function, re.sub(r"\W", "_", name) or "kernel")
         result = self.emit(relax.op.call_tir(found, arguments, types if len(types) > 1 else types[0]))
-        if len(types) == 1:
-            return [result]
-        return [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+        made = [result]
+        if len(types) > 1:
+            made = [self.emit(relax.TupleGetItem(result, index)) for index in range(len(types))]
+        self.calls.add(str(found.name_hint), self._function, arguments, made)
+        return made
 
     def placeholder(self, shape: Sequence[Dim], dtype: str) -> Tensor:
         """A value without a kernel behind it, for dry runs."""

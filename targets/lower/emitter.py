@@ -20,7 +20,7 @@ from kbitc.errors import InternalError, KbitcError, UnsupportedError
 from kbitc.graph.edit import describe
 from kbitc.graph.evaluate import run_node
 from kbitc.targets.lower import dims, dtypes, known
-from kbitc.targets.lower.context import Context, DependsOnFailure
+from kbitc.targets.lower.context import Context, DependsOnFailure, node_name
 from kbitc.targets.lower.contraction import Dim, RelaxExpr
 from kbitc.targets.lower.layout import to_channels_last
 from kbitc.targets.lower.registry import FUNCTION_DOMAIN, Emit, emitters
@@ -60,6 +60,7 @@ class Lowered:
         weights: arrays of the parameters behind the inputs, in order.
         inputs, outputs: signature of main; debug outputs come last.
         layers: one dict of facts a contraction: which rule took it, why others declined.
+        calls: one dict a kernel call: the layers it works for.
     """
 
     module: Any
@@ -67,6 +68,7 @@ class Lowered:
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
     layers: tuple[dict[str, Any], ...]
+    calls: tuple[dict[str, Any], ...] = ()
 
 
 def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) -> Lowered:
@@ -100,6 +102,7 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
         tuple(_signature(name, value) for name, value in inputs),
         (*(_signature(name, value) for name, value in outputs), *(_debug_signature(name, var) for name, var in extra)),
         tuple(ctx.layers),
+        tuple(call.as_json() for call in ctx.calls.records),
     )
 
 
@@ -154,7 +157,8 @@ def _emit_nodes(ctx: Context, graph: ir.Graph) -> list[KbitcError]:
         if node in ctx.skipped:
             continue
         try:
-            _emit(ctx, node)
+            with ctx.calls.working_for(node_name(node)):
+                _emit(ctx, node)
         except DependsOnFailure:
             _fail(ctx, node)
             if (node.domain, node.op_type) not in emitters():
@@ -234,7 +238,8 @@ def _bind_later(ctx: Context, node: ir.Node, emit: Emit) -> None:
 
 
 def _emitted(ctx: Context, node: ir.Node, emit: Emit) -> list[Value]:
-    result = emit(ctx, node)
+    with ctx.calls.working_for(node_name(node)):
+        result = emit(ctx, node)
     values = result if isinstance(result, list) else [result]
     return [value.value() if isinstance(value, Deferred) else value for value in values]
 

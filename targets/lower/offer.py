@@ -130,9 +130,11 @@ def offer(ctx: Context, node: ir.Node, contraction: Contraction, inputs: Sequenc
         ctx.layers.append(_facts(node, contraction, rule.name, declined))
         if ctx.dry:
             return ctx.placeholder(contraction.out_shape, contraction.out_dtype)
-        result = rule.emit(ctx, contraction, inputs)
+        with ctx.calls.working_for(contraction.name, rule.name):
+            result = rule.emit(ctx, contraction, inputs)
         if result is None:
             raise InternalError("a kernel rule gave no result", where=node_name(node), got=rule.name)
+        ctx.calls.give_result(result)
         return Tensor(result, contraction.out_shape, contraction.out_dtype)
     reasons = "; ".join(f"{item['rule']}: {item['reason']}" for item in declined)
     raise refuse(node, f"no kernel rule of {ctx.target} takes it", got=reasons)

@@ -147,6 +147,7 @@ def run(bundle: Path, inputs: Path, output: Path | None, threads: int | None, as
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Shape of made-up inputs.")
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of every engine.")
 @click.option("--rounds", type=int, default=20, show_default=True, help="Interleaved rounds.")
+@click.option("--layers", is_flag=True, help="Time every layer; beside it the float build and the machine's limit.")
 @_json
 def bench(
     bundle: Path,
@@ -155,15 +156,18 @@ def bench(
     shapes: tuple[str, ...],
     threads: int,
     rounds: int,
+    layers: bool,
     as_json: bool,
 ) -> None:
     """Interleaved rounds of BUNDLE, the float build for the same target, and onnxruntime fp32."""
     from kbitc.commands import bench as command
-    from kbitc.commands import show
+    from kbitc.commands import layers as by_layer
+    from kbitc.commands import show, show_layers
 
+    measure = by_layer.bench_layers if layers else command.bench_bundle
     with show.progress(quiet=as_json) as on_stage:
-        result = command.bench_bundle(bundle, against, inputs, shapes, threads, rounds, on_stage)
-    show.emit(result, as_json, lambda: show.bench(result))
+        result = measure(bundle, against, inputs, shapes, threads, rounds, on_stage)
+    show.emit(result, as_json, lambda: show_layers.layers(result) if layers else show.bench(result))
 
 
 @cli.command(short_help="Check a bundle's integrity and its numbers.")

@@ -47,7 +47,7 @@ def bench_bundle(
         "threads": threads,
         "rounds": rounds,
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
-        "machine": {"cpu": _cpu_name(), "onnxruntime": metadata.version("onnxruntime")},
+        "machine": {"cpu": cpu_name(), "onnxruntime": metadata.version("onnxruntime")},
         "engines": [
             {
                 "name": name,
@@ -86,25 +86,45 @@ def _engines(
     folder: Path,
 ) -> tuple[dict[str, Callable[[Feeds], object]], Feeds]:
     """What is timed, and the one set of inputs they all get."""
+    feeds, imported = bench_feeds(model, bundle, against, inputs, shapes)
     engines: dict[str, Callable[[Feeds], object]] = {BUNDLE: model}
+    if against is not None:
+        from kbitc.graph.evaluate import Session
+
+        engines[FLOAT_BUILD] = load(compile_float(model, bundle, against, folder), threads=threads)
+        engines[ONNXRUNTIME] = Session(imported, threads=threads, optimize=True).run
+    return engines, feeds
+
+
+def bench_feeds(
+    model: Model, bundle: Path, against: Path | None, inputs: Path | None, shapes: Sequence[str]
+) -> tuple[Feeds, Any]:
+    """The inputs to time with, and the imported model when one is given.
+
+    Raises:
+        CalibrationError: there is neither a file of inputs nor a model to make some up for.
+    """
     if against is None:
         if inputs is None:
             raise CalibrationError("nothing to run on", remedy="give --input feeds.npz, or --against MODEL")
-        return engines, read_feeds(inputs, model.inputs)
-    from kbitc import compile as compile_bundle
-    from kbitc.graph.evaluate import Session
+        return read_feeds(inputs, model.inputs), None
     from kbitc.importer import load_model
 
     bound = {item.name: item.shape for item in model.inputs} | dict(map(parse_shape, shapes))
-    constants = constants_of(bundle)
-    imported = load_model(against, shapes=bound, constants=dict(map(parse_constant, constants)))
-    feeds = read_feeds(inputs, model.inputs) if inputs is not None else made_up_feeds(imported)
-    float_build = folder / "float.kbit"
+    imported = load_model(against, shapes=bound, constants=dict(map(parse_constant, constants_of(bundle))))
+    return (read_feeds(inputs, model.inputs) if inputs is not None else made_up_feeds(imported)), imported
+
+
+def compile_float(model: Model, bundle: Path, against: Path, folder: Path) -> Path:
+    """The float build of a model for the target and the shapes of a bundle; the folder of its bundle."""
+    from kbitc import compile as compile_bundle
+
+    made = folder / "float.kbit"
     fixed = [f"{item.name}=" + "x".join(map(str, item.shape)) for item in model.inputs]
-    compile_bundle(against, float_build, scheme="float32", target=model.target_name, shapes=fixed, constants=constants)
-    engines[FLOAT_BUILD] = load(float_build, threads=threads)
-    engines[ONNXRUNTIME] = Session(imported, threads=threads, optimize=True).run
-    return engines, feeds
+    compile_bundle(
+        against, made, scheme="float32", target=model.target_name, shapes=fixed, constants=constants_of(bundle)
+    )
+    return made
 
 
 def _warning(medians: Mapping[str, float]) -> str | None:
@@ -112,7 +132,8 @@ def _warning(medians: Mapping[str, float]) -> str | None:
     return f"the bundle is slower than {' and '.join(slower)}" if slower else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -89,6 +89,7 @@ def cli() -> None:
 @_quantization
 @_planning
 @click.option("--with-runtime", is_flag=True, help="Put the native runner and its libraries into the bundle.")
+@click.option("--never-slower", is_flag=True, help="Keep weights float whose layers would be slower than float.")
 @click.option("--debug-accumulators", is_flag=True, help="Also output int8 codes and int32 accumulators.")
 @_json
 def compile_command(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from kbitc.bundle.writer import Staging
     from kbitc.importer.batches import Batches
+    from kbitc.never_slower import Compared
     from kbitc.passes.solve import Solved
     from kbitc.passes.verify.accuracy import References
     from kbitc.passes.verify.score import Score
@@ -122,11 +123,14 @@ def compile_model(
     target = parse_target(options.target)
     check_output(output, force=options.force)
     prepared = prepare(source, options, target, calibration, trace)
-    planner, kinds = make_planner(prepared, options, target, trace, bundle=True)
+    compared = compare_layers(prepared, options, target, trace) if options.speed.never_slower else ()
+    planner, kinds = make_planner(prepared, options, target, trace, bundle=True, compared=compared)
     while True:
         with stage(output, force=options.force) as staging:
             made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
-            report = compile_plan(staging, str(output), made, planner, prepared.provenance, options, target, trace)
+            report = compile_plan(
+                staging, str(output), made, planner, prepared.provenance, options, target, trace, compared
+            )
         if report is not None:
             made.plan.write(options.write_plan)
             return report
@@ -134,7 +138,7 @@ def compile_model(
 
 def compile_plan(
     staging: Staging, output: str, made: Quantized, planner: Planner, origin: dict[str, Any],
-    options: CompileOptions, target: Target, trace: Trace,
+    options: CompileOptions, target: Target, trace: Trace, compared: Compared = (),
 ) -> Report | None:  # fmt: skip
     """Stages 8 to 12 of one plan. None when the planner does not accept the size of the result: it is not published."""
     from kbitc.passes.verify import accuracy
@@ -151,6 +155,7 @@ def compile_plan(
     report = Report(
         output, target.name, options.scheme_text, with_packed_sizes(made.weights, built.weights), measured.as_json(),
         built.layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
+        [item.as_json() for item in compared],
     )  # fmt: skip
 
     def accepts(size: int) -> bool:
@@ -250,6 +255,16 @@ def check_target(model: ir.Model, target: Target) -> None:
     check_lowerable(model, target)
 
 
+def compare_layers(prepared: Prepared, options: CompileOptions, target: Target, trace: Trace) -> Compared:
+    """What `--never-slower` asks: every weight that the other options quantize against float."""
+    from kbitc.never_slower import compare
+
+    plan, kinds = make_plan(prepared.original, options, target)
+    with trace.stage("compare with float"):
+        made = quantize_prepared(prepared, plan, kinds, options.quickly_solved(), Trace())
+        return compare(prepared.original, made.model, made.plan, target, prepared.feeds[0], options.plan)
+
+
 def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple[QuantPlan, dict[str, str]]:
     """Stage 5 without a budget; also the view (matmul, conv, embedding) of every planned tensor."""
     from kbitc.passes.allocate.exclude import excluded_by
@@ -277,9 +292,10 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
 
 
 def make_planner(
-    prepared: Prepared, options: CompileOptions, target: Target, trace: Trace, *, bundle: bool
-) -> tuple[Planner, dict[str, str]]:
-    """Stage 5; also the view of every planned tensor."""
+    prepared: Prepared, options: CompileOptions, target: Target, trace: Trace, *, bundle: bool,
+    compared: Compared = (),
+) -> tuple[Planner, dict[str, str]]:  # fmt: skip
+    """Stage 5; also the view of every planned tensor. Weights that were slower than float when compared stay float."""
     from kbitc.passes.allocate.uniform import accepted_by
     from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.score import make_judge
@@ -288,6 +304,7 @@ def make_planner(
     model = prepared.original
     with trace.stage("plan"):
         base, kinds = make_plan(model, options, target)
+        base = base.kept_float({item.entry.tensor: item.reason for item in compared if item.slower})
         if not options.budget.limits_plan or options.scheme is None:
             return Settled(base), kinds
 

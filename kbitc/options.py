@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,19 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Speed:
+    """What is done for speed.
+
+    Attributes:
+        never_slower: weights whose layers are slower than float stay float.
+        tuned: file of schedules that `kbitc tune` has found; None takes the one of the cache folder, if any.
+    """
+
+    never_slower: bool = False
+    tuned: Path | None = None
+
+
+@dataclass(frozen=True)
 class CompileOptions:
     """Everything that `kbitc compile` and `kbitc quantize` decide by.
 
@@ -74,6 +87,7 @@ class CompileOptions:
         solver: how weights are rounded; None chooses by whether there are calibration data.
         equalize: what is done to the float graph for it; None chooses likewise.
         sequential: calibrate each layer on the output of quantized ones.
+        speed: what is done for speed, apart from what every compilation does.
     """
 
     scheme: QuantScheme | None
@@ -100,6 +114,7 @@ class CompileOptions:
     solver: str | None = None
     equalize: tuple[str, ...] | None = None
     sequential: bool = False
+    speed: Speed = field(default_factory=Speed)
 
     def method(self, calibrated: bool) -> Method:
         """How weights are solved, with or without calibration data."""
@@ -110,6 +125,10 @@ class CompileOptions:
         if solver == AWQ and AWQ not in equalizers:
             equalizers = (AWQ, *equalizers)
         return Method(solver, equalizers, self.sequential)
+
+    def quickly_solved(self) -> CompileOptions:
+        """The options with the quickest method, for weights whose values do not count."""
+        return replace(self, solver=DATA_FREE_SOLVER, equalize=(), sequential=False)
 
     @property
     def scheme_text(self) -> str:
@@ -152,16 +171,17 @@ def from_arguments(
     sequential: bool = False,
     **limits: Any,
 ) -> CompileOptions:
-    """Options from the plain values of the command line or the Python call; `limits` go to `make_budget`.
+    """Options from the plain values of the command line or the Python call.
+
+    The fields of `Speed` are taken out of `limits`, the others go to `make_budget`.
 
     Raises:
         UsageError: when a value is out of range or two of them contradict.
     """
-    budget = make_budget(**limits)
+    speed, budget = make_speed(limits, scheme, integer_only), make_budget(**limits)
     check_choice(budget, bits, scheme)
     activation = UINT8 if integer_only else parse_activations(activations)
-    check_static(activation, act_bits, observer)
-    check_splits(centre, proxy, activation, scheme)
+    check_activation(activation, act_bits, observer, centre, proxy, scheme)
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
         activation=activation,
@@ -187,6 +207,7 @@ def from_arguments(
         solver=None if solver is None else known(SOLVERS, solver, "solver"),
         equalize=parse_equalizers(equalize),
         sequential=sequential,
+        speed=speed,
     )
 
 
@@ -202,6 +223,33 @@ def check_choice(budget: Budget, bits: int | None, scheme: str | None) -> None:
         raise UsageError("--bits fixes what a budget chooses", got=bits, remedy="drop --bits, or the budget")
     if scheme == FLOAT:
         raise UsageError("--scheme float32 leaves a budget nothing to choose", remedy="drop one of them")
+
+
+def make_speed(given: dict[str, Any], scheme: str | None, integer_only: bool) -> Speed:
+    """What is done for speed; its fields are taken out of `given`.
+
+    Raises:
+        UsageError: --never-slower, but no weight is quantized or none may stay float.
+    """
+    chosen = {item.name: given.pop(item.name) for item in fields(Speed) if item.name in given}
+    if chosen.get("never_slower") and (scheme == FLOAT or integer_only):
+        other = "--integer-only" if integer_only else "--scheme float32"
+        raise UsageError(f"--never-slower has nothing to choose with {other}", remedy="drop one of them")
+    if chosen.get("tuned") is not None:
+        chosen["tuned"] = Path(chosen["tuned"])
+    return Speed(**chosen)
+
+
+def check_activation(
+    activation: str, act_bits: int | None, observer: str | None, centre: bool, proxy: float | None, scheme: str | None
+) -> None:
+    """Refuse options that say nothing with this type of activations.
+
+    Raises:
+        UsageError: as `check_static` and `check_splits` do.
+    """
+    check_static(activation, act_bits, observer)
+    check_splits(centre, proxy, activation, scheme)
 
 
 def check_splits(centre: bool, proxy: float | None, activation: str, scheme: str | None) -> None:

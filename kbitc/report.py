@@ -137,6 +137,7 @@ class Report:
         seconds: wall time of each stage.
         planning: how widths were chosen; empty when they were given.
         calls: one entry a kernel call of the module: the layers it works for (`kbitc.bundle.profile`).
+        compared: one entry a weight that `--never-slower` has compared with float.
     """
 
     output: str
@@ -149,6 +150,7 @@ class Report:
     seconds: Mapping[str, float] = field(default_factory=dict)
     planning: Mapping[str, Any] = field(default_factory=dict)
     calls: Sequence[Mapping[str, Any]] = ()
+    compared: Sequence[Mapping[str, Any]] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -172,6 +174,7 @@ class Report:
             "layers": [dict(layer) for layer in self.layers],
             "planning": dict(self.planning),
             "calls": [dict(call) for call in self.calls],
+            "compared": [dict(item) for item in self.compared],
         }
         if timings:
             data["output"] = self.output

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,16 @@ class QuantPlan:
     def quantized(self) -> tuple[PlanEntry, ...]:
         """The entries that have a scheme."""
         return tuple(entry for entry in self.entries if entry.scheme is not None)
+
+    def kept_float(self, reasons: Mapping[str, str]) -> QuantPlan:
+        """The plan with some weights float; tensor name -> why."""
+        entries = tuple(
+            replace(entry, scheme=None, activation=FLOAT, reason=reasons[entry.tensor])
+            if entry.tensor in reasons
+            else entry
+            for entry in self.entries
+        )
+        return replace(self, entries=entries)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for json.dumps."""

@@ -16,6 +16,7 @@ from kbitc.targets.cpu.codegen import compile_kernels
 from kbitc.targets.link import export_library, find_compiler
 from kbitc.targets.lower.emitter import Lowered, Signature, check_lowerable, lower
 from kbitc.targets.lower.shape_functions import sort_shape_functions
+from kbitc.targets.lower.weight_checks import drop_weight_checks
 from kbitc.targets.rules.base import schedule
 from kbitc.targets.target import Target
 
@@ -118,6 +119,7 @@ def relax_pipeline() -> Any:
             passes.LowerRuntimeBuiltin(),
             passes.ComputePrimValue(),
             passes.VMShapeLower(),
+            transform.module_pass(lambda module, _: drop_weight_checks(module), opt_level=0, name="DropWeightChecks"),
             transform.module_pass(lambda module, _: sort_shape_functions(module), opt_level=0, name="SortShapes"),
             passes.AttachGlobalSymbol(),
         ]

@@ -86,8 +86,9 @@ class Context:
     def bind(self, target: ir.Value, value: Value | Deferred) -> None:
         """Give a graph value its lowered form; write it to memory where that saves work."""
         if isinstance(value, Lazy):
-            readers = len(target.uses()) + int(target.is_graph_output())
-            if value.cost > LARGEST_COST or (readers > 1 and value.cost > SHARED_COST):
+            # An output is written in any case.
+            shared = bool(target.uses()) if target.is_graph_output() else len(target.uses()) > 1
+            if value.cost > LARGEST_COST or (shared and (value.cost > SHARED_COST or target.is_graph_output())):
                 value = self.tensor(value)
         self._values[target] = value
 

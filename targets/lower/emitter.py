@@ -26,6 +26,7 @@ from kbitc.targets.lower.layout import to_channels_last
 from kbitc.targets.lower.registry import FUNCTION_DOMAIN, Emit, emitters
 from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Constant, Deferred, Lazy, Tensor, Value
+from kbitc.targets.lower.weight_checks import mark_inputs
 from kbitc.targets.target import Target
 
 # Failing nodes that one error message names.
@@ -97,7 +98,7 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
             relax.Tuple([*(pair[1].var for pair in outputs), *(var for _, var in extra)]), params=parameters
         )
     return Lowered(
-        ctx.builder.finalize(),
+        mark_inputs(ctx.builder.finalize(), len(inputs)),
         ctx.weights,
         tuple(_signature(name, value) for name, value in inputs),
         (*(_signature(name, value) for name, value in outputs), *(_debug_signature(name, var) for name, var in extra)),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import tvm
 
 from kbitc.errors import UnsupportedError
 from kbitc.graph.legality import LOWERABLE
@@ -210,3 +213,23 @@ def test_a_constant_table_is_cut_at_a_symbolic_size() -> None:
     for rows in (1, 3):
         x = noise(rows, 2)
         assert np.array_equal(runnable({"x": x})[0], x + np.arange(1, 7, dtype=np.float32).reshape(3, 2)[:rows])
+
+
+def test_an_output_that_is_also_read_is_computed_once() -> None:
+    text = """g (float[2, 3] x, float[2, 1] y) => (float[2, 4] held, float[2, 4] z) {
+        held = Concat<axis = 1>(x, y)
+        z = Softmax(held)
+    }"""
+    runnable = run_of(model_of(text))
+    x, y = noise(2, 3), noise(2, 1)
+    held, _ = runnable({"x": x, "y": y})
+    assert np.array_equal(held, np.concatenate([x, y], axis=1))
+    main = runnable.lowered.module["main"]
+    readers = [call for call in calls_of(main) if any(arg.same_as(main.params[0]) for arg in call.args[1].fields)]
+    assert len(readers) == 1
+
+
+def calls_of(main: Any) -> list[Any]:
+    """The calls of kernels in main."""
+    bindings = [binding.value for block in main.body.blocks for binding in block.bindings]
+    return [value for value in bindings if getattr(value, "op", None) == tvm.ir.Op.get("relax.call_tir")]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from kbitc.errors import InternalError
 from kbitc.targets.cpu.rules.quantized import bordered
+from kbitc.targets.kernels import fdots
 from kbitc.targets.kernels.fbatch import BatchSpec, make_fbatch, make_transposed
 from kbitc.targets.kernels.fdepthwise import DepthwiseSpec, make_fdepthwise
 from kbitc.targets.kernels.fgemm import FgemmSpec, make_fgemm, pack_bias, pack_float
@@ -79,19 +80,27 @@ class FloatBatchProduct:
         return None if contraction.kind == "batch_matmul" else f"a {contraction.kind} has a weight"
 
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
-        """Swap the axes of a transposed second operand first, then multiply."""
+        """Few rows meet a transposed second operand where it lies; else its axes are swapped first."""
         a, b = inputs
         b_shape = contraction.b_shape
         if b_shape is None:
             raise InternalError("a product of activations without its second shape", where=contraction.name)
         registers = registers_of(ctx.target)
+        *a_lead, rows, channels = contraction.x_shape
+        if contraction.transpose_b and fdots.takes(rows, channels):
+            lead = contraction.out_shape[:-2]
+            dots = fdots.DotsSpec(tuple(a_lead), tuple(b_shape[:-2]), lead, rows, channels, b_shape[-2])
+            name = "float_dots"
+            func = cached(
+                ctx, (name, repr(dots), registers.lanes), lambda: fdots.make_fdots(dots, registers.lanes, name)
+            )
+            return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
         if contraction.transpose_b:
             *lead, columns, channels = b_shape
             key = ("transposed", repr(b_shape), repr(registers))
             swap = cached(ctx, key, lambda: make_transposed(lead, columns, channels, registers, "transposed"))
             b_shape = (*lead, channels, columns)
             b = ctx.call(swap, "transposed", [b], [(b_shape, "float32")])
-        *a_lead, rows, channels = contraction.x_shape
         spec = BatchSpec(tuple(a_lead), tuple(b_shape[:-2]), contraction.out_shape[:-2], rows, channels, b_shape[-1])
         name = "float_batch_product"
         func = cached(ctx, (name, repr(spec), repr(registers)), lambda: make_fbatch(spec, registers, name))

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from tvm import te, tirx
 
+from kbitc.graph import edit
 from kbitc.graph.quantized import read_activation, read_weight
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.lower import attributes, dims, scalar
@@ -24,6 +25,8 @@ from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Constant, Index, Lazy, Tensor, Value
 
 FloatArray = npt.NDArray[np.float32]
+# So many rows of queries read each key only a few times.
+FEW_ROWS = 4
 
 
 def quantized_activation(node: ir.Node, index: int, axis: int, weight: QTensor) -> tuple[ir.Value, int] | None:
@@ -127,7 +130,9 @@ def product(ctx: Context, node: ir.Node, a: Value, b: Value) -> Value:
 
 
 def _batch_matmul(ctx: Context, node: ir.Node, a: Value, b: Value, shape: tuple[Dim, ...]) -> Tensor:
-    left, right = ctx.tensor(a, "operand"), ctx.tensor(b, "operand")
+    """Few rows read a second operand behind a Transpose where it lies; more rows are worth turning it."""
+    turned = _unturned(ctx, node, b) if _few(shape[-2]) else None
+    left, right = ctx.tensor(a, "operand"), ctx.tensor(b if turned is None else turned, "operand")
     contraction = Contraction(
         name=unique_name(ctx, node),
         kind="batch_matmul",
@@ -136,8 +141,27 @@ def _batch_matmul(ctx: Context, node: ir.Node, a: Value, b: Value, shape: tuple[
         x_shape=left.shape,
         out_shape=shape,
         b_shape=right.shape,
+        transpose_b=turned is not None,
     )
     return offer(ctx, node, contraction, [left.var, right.var])
+
+
+def _few(rows: Dim) -> bool:
+    return isinstance(rows, int) and rows <= FEW_ROWS
+
+
+def _unturned(ctx: Context, node: ir.Node, b: Value) -> Value | None:
+    """The source of the second operand when it is a Transpose that swaps the last two axes and no others."""
+    source = node.inputs[1] if node.op_type == "MatMul" else None
+    turn = None if source is None else edit.producer(source, "Transpose")
+    if turn is None or len(b.shape) < 2:
+        return None
+    size = len(b.shape)
+    perm = list(turn.attributes.get_ints("perm", list(range(size))[::-1]))
+    if perm != [*range(size - 2), size - 1, size - 2]:
+        return None
+    given = attributes.value(ctx, turn, 0)
+    return ctx.cast_shape(given, (*b.shape[:-2], b.shape[-1], b.shape[-2]))
 
 
 def _plain_product(ctx: Context, a: Value, b: Value, shape: tuple[Dim, ...]) -> Tensor:

@@ -69,6 +69,30 @@ def test_every_dimension_symbolic(name: str, transposed: bool) -> None:
         check_sum(run(a, given), product, a, b, sizes[2])
 
 
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("rows", "channels"), [(1, 64), (2, 16), (4, 48), (1, 256)])
+def test_few_rows_meet_a_transposed_operand_of_any_length(name: str, rows: int, channels: int) -> None:
+    n = tirx.Var("n", "int64")
+    what = contraction((2, 3, rows, channels), (2, 1, n, channels), (2, 3, rows, n), transpose_b=True)
+    run = Compiled(FloatBatchProduct(), what, target_here(name))
+    for columns in (1, 7, 15, 16, 17, 257):
+        a, b = uniform(1, 2, 3, rows, channels), uniform(2, 2, 1, channels, columns)
+        given = np.ascontiguousarray(np.swapaxes(b, -1, -2))
+        check_sum(run(a, given), product, a, b, channels)
+
+
+def test_few_rows_give_the_same_bits_static_symbolic_and_on_both_vector_widths() -> None:
+    n = tirx.Var("n", "int64")
+    a, b = uniform(1, 2, 1, 64), uniform(2, 2, 37, 64)
+    results = []
+    for name in TARGETS:
+        for size in (37, n):
+            what = contraction((2, 1, 64), (2, size, 64), (2, 1, size), transpose_b=True)
+            results.append(Compiled(FloatBatchProduct(), what, target_here(name))(a, b))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
 def test_attention_shapes_give_the_same_bits_static_symbolic_and_on_both_vector_widths() -> None:
     s = tirx.Var("s", "int64")
     a, b = uniform(1, 2, 21, 21), uniform(2, 2, 21, 32)

@@ -229,6 +229,20 @@ def test_an_output_that_is_also_read_is_computed_once() -> None:
     assert len(readers) == 1
 
 
+@pytest.mark.parametrize(("rows", "kernels"), [(1, 1), (9, 2)])
+def test_few_rows_read_a_transposed_operand_where_it_lies(rows: int, kernels: int) -> None:
+    text = f"""g (float[2, {rows}, 8] x, float[2, n, 8] y) => (float[2, {rows}, n] z) {{
+        turned = Transpose<perm = [0, 2, 1]>(y)
+        z = MatMul(x, turned)
+    }}"""
+    runnable = run_of(model_of(text))
+    x, y = noise(2, rows, 8), noise(2, 5, 8)
+    # Both sum eight products: their difference is below 16 units in the last place of sum |x y|.
+    bound = 16 * np.finfo(np.float32).eps * np.abs(x) @ np.abs(y).swapaxes(1, 2)
+    assert (np.abs(runnable({"x": x, "y": y})[0] - x @ y.swapaxes(1, 2)) <= bound).all()
+    assert len(runnable.kernels()) == kernels
+
+
 def calls_of(main: Any) -> list[Any]:
     """The calls of kernels in main."""
     bindings = [binding.value for block in main.body.blocks for binding in block.bindings]

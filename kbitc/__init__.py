@@ -57,7 +57,8 @@ def compile(
         act_bits: bits of a static activation, 4 to 8 (default 8).
         integer_only: static, with no float operator between input and output; refused where one would be left.
         observer: what gives the ranges of static activations: a file of passes/observers.
-        target: host, x86[:avx2|avx512vnni|avx512vbmi], arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
+        target: host, x86 (every variant in one bundle), x86:avx2, x86:avx512vnni, x86:avx512vbmi,
+            arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
         shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
         constants: texts such as "sr=16000"; the input leaves the signature and has this value.
         exclude: node or tensor names, globs, or type:Op, whose weights stay float.
@@ -126,12 +127,18 @@ def quantize(
     return driver.quantize_model(model, output, chosen, calibration)
 
 
-def load(path: str | PathLike[str], *, threads: int | None = None) -> Model:
+def load(path: str | PathLike[str], *, threads: int | None = None, variant: str | None = None) -> Model:
     """Load a bundle: a callable that takes and returns dicts of numpy arrays.
 
+    Args:
+        path: folder of the bundle.
+        threads: threads of one run; None: one for each core.
+        variant: the only variant that will do, such as "avx2"; None: what the environment variable KBITC_VARIANT
+            says, else the best that this machine runs. `target_name` of the model says which one that is.
+
     Raises:
-        BundleError: when the bundle is damaged or belongs to another machine.
+        BundleError: when the bundle is damaged or belongs to another machine, or lacks the variant.
     """
     from kbitc.bundle.runtime import load as load_bundle
 
-    return load_bundle(path, threads=threads)
+    return load_bundle(path, threads=threads, variant=variant)

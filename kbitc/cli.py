@@ -23,6 +23,11 @@ def _json(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help=JSON_HELP)(command)
 
 
+def _variant(command: Callable[..., Any]) -> Callable[..., Any]:
+    text = "Run this variant, such as avx2.  [default: $KBITC_VARIANT, else the best for this machine]"
+    return click.option("--variant", metavar="NAME", help=text)(command)
+
+
 def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that compile and quantize share, in the order of the help page."""
     options = [
@@ -131,13 +136,16 @@ def _produce(
 @click.option("--input", "inputs", required=True, type=click.Path(path_type=Path), help=".npz or .npy of inputs.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
 @click.option("--threads", type=int, help="Threads of one run.  [default: all cores]")
+@_variant
 @_json
-def run(bundle: Path, inputs: Path, output: Path | None, threads: int | None, as_json: bool) -> None:
+def run(
+    bundle: Path, inputs: Path, output: Path | None, threads: int | None, variant: str | None, as_json: bool
+) -> None:
     """Run BUNDLE once and print what came out."""
     from kbitc.commands import run as command
     from kbitc.commands import show
 
-    result = command.run_bundle(bundle, inputs, output, threads)
+    result = command.run_bundle(bundle, inputs, output, threads, variant)
     show.emit(result, as_json, lambda: show.run(result))
 
 
@@ -149,6 +157,7 @@ def run(bundle: Path, inputs: Path, output: Path | None, threads: int | None, as
 @click.option("--threads", type=int, default=1, show_default=True, help="Threads of every engine.")
 @click.option("--rounds", type=int, default=20, show_default=True, help="Interleaved rounds.")
 @click.option("--layers", is_flag=True, help="Time every layer; beside it the float build and the machine's limit.")
+@_variant
 @_json
 def bench(
     bundle: Path,
@@ -158,6 +167,7 @@ def bench(
     threads: int,
     rounds: int,
     layers: bool,
+    variant: str | None,
     as_json: bool,
 ) -> None:
     """Interleaved rounds of BUNDLE, the float build for the same target, and onnxruntime fp32."""
@@ -167,7 +177,7 @@ def bench(
 
     measure = by_layer.bench_layers if layers else command.bench_bundle
     with show.progress(quiet=as_json) as on_stage:
-        result = measure(bundle, against, inputs, shapes, threads, rounds, on_stage)
+        result = measure(bundle, against, inputs, shapes, threads, rounds, on_stage, variant=variant)
     show.emit(result, as_json, lambda: show_layers.layers(result) if layers else show.bench(result))
 
 
@@ -176,13 +186,16 @@ def bench(
 @click.option("--model", type=click.Path(path_type=Path), help="The float model to compare with.")
 @click.option("--input", "inputs", type=click.Path(path_type=Path), help="Inputs to compare on (else made up).")
 @click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off.")
+@_variant
 @_json
-def verify(bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None, as_json: bool) -> None:
+def verify(
+    bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None, variant: str | None, as_json: bool
+) -> None:
     """Check every hash of BUNDLE, then compare it with MODEL when one is given."""
     from kbitc.commands import show
     from kbitc.commands import verify as command
 
-    result = command.verify_bundle(bundle, model, inputs, min_sqnr)
+    result = command.verify_bundle(bundle, model, inputs, min_sqnr, variant)
     show.emit(result, as_json, lambda: show.verify(result))
 
 

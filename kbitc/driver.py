@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -117,19 +117,19 @@ def compile_model(
         KbitcError: with the reason in one line; nothing is written then.
     """
     from kbitc.bundle.writer import check_output, stage
-    from kbitc.targets.target import parse_target
+    from kbitc.targets.target import parse_targets
 
     trace = trace or Trace(options.dump_dir)
-    target = parse_target(options.target)
+    targets = parse_targets(options.target)
     check_output(output, force=options.force)
-    prepared = prepare(source, options, target, calibration, trace)
-    compared = compare_layers(prepared, options, target, trace) if options.speed.never_slower else ()
-    planner, kinds = make_planner(prepared, options, target, trace, bundle=True, compared=compared)
+    prepared = prepare(source, options, targets[0], calibration, trace)
+    compared = compare_layers(prepared, options, targets, trace) if options.speed.never_slower else ()
+    planner, kinds = make_planner(prepared, options, targets[0], trace, bundle=True, compared=compared)
     while True:
         with stage(output, force=options.force) as staging:
             made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
             report = compile_plan(
-                staging, str(output), made, planner, prepared.provenance, options, target, trace, compared
+                staging, str(output), made, planner, prepared.provenance, options, targets, trace, compared
             )
         if report is not None:
             made.plan.write(options.write_plan)
@@ -138,23 +138,26 @@ def compile_model(
 
 def compile_plan(
     staging: Staging, output: str, made: Quantized, planner: Planner, origin: dict[str, Any],
-    options: CompileOptions, target: Target, trace: Trace, compared: Compared = (),
+    options: CompileOptions, targets: Sequence[Target], trace: Trace, compared: Compared = (),
 ) -> Report | None:  # fmt: skip
     """Stages 8 to 12 of one plan. None when the planner does not accept the size of the result: it is not published."""
     from kbitc.passes.verify import accuracy
-    from kbitc.targets.build import build
+    from kbitc.targets.build import build_all
+    from kbitc.targets.target import bundle_name
 
     with trace.stage("lower and build"):
-        built = build(made.model, target, debug_accumulators=options.debug_accumulators, dump=trace.dump)
-        staging.write_library(built.library)
-        staging.write_weights(built.weights)
+        every = build_all(made.model, targets, debug_accumulators=options.debug_accumulators, dump=trace.dump)
+        staging.write_variants(every)
+    built = every[-1]
     with trace.stage("verify"):
-        measured = accuracy.measure(made.references, staged_module(staging, built, target))
-        accuracy.check_lowering(measured)
+        # The last one is what the report shows: the best that runs here.
+        for module in staged_modules(staging, built) or (None,):
+            measured = accuracy.measure(made.references, module)
+            accuracy.check_lowering(measured)
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
     report = Report(
-        output, target.name, options.scheme_text, with_packed_sizes(made.weights, built.weights), measured.as_json(),
-        built.layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
+        output, bundle_name(targets), options.scheme_text, with_packed_sizes(made.weights, built.weights),
+        measured.as_json(), built.layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
         [item.as_json() for item in compared],
     )  # fmt: skip
 
@@ -165,7 +168,7 @@ def compile_plan(
         return True
 
     with trace.stage("write"):
-        published = finish_bundle(staging, built, target, report, made.plan, origin, options, accepts)
+        published = finish_bundle(staging, built, report, made.plan, origin, options, accepts)
     return report if published else None
 
 
@@ -255,10 +258,12 @@ def check_target(model: ir.Model, target: Target) -> None:
     check_lowerable(model, target)
 
 
-def compare_layers(prepared: Prepared, options: CompileOptions, target: Target, trace: Trace) -> Compared:
-    """What `--never-slower` asks: every weight that the other options quantize against float."""
+def compare_layers(prepared: Prepared, options: CompileOptions, targets: Sequence[Target], trace: Trace) -> Compared:
+    """What `--never-slower` asks: every weight that the other options quantize against float, on the best variant."""
     from kbitc.never_slower import compare
+    from kbitc.targets.target import host_runs
 
+    target = next((item for item in reversed(targets) if host_runs(item) is None), targets[-1])
     plan, kinds = make_plan(prepared.original, options, target)
     with trace.stage("compare with float"):
         made = quantize_prepared(prepared, plan, kinds, options.quickly_solved(), Trace())
@@ -362,20 +367,23 @@ def activation_blocks(plan: QuantPlan, tensors: dict[str, QTensor]) -> dict[str,
     }
 
 
-def staged_module(staging: Staging, built: Built, target: Target) -> Callable[..., Any] | None:
-    """The module as it lies in the unfinished bundle, a function of feeds; None when this machine cannot run it."""
+def staged_modules(staging: Staging, built: Built) -> list[Callable[..., Any]]:
+    """The variants as they lie in the unfinished bundle and as far as they run here, each a function of feeds."""
     from kbitc.bundle.runtime import load_parts
-    from kbitc.targets.target import host_runs
+    from kbitc.targets.target import host_runs, parse_target
 
-    if host_runs(target) is not None:
-        return None
-    return load_parts(
-        staging.library, staging.weights, staging.parameters, built.inputs, built.outputs, device=target.device
-    )
+    return [
+        load_parts(
+            staging.folder / variant.library, staging.weights, staging.parameters_of(variant),
+            built.inputs, built.outputs, device=built.target.device,
+        )
+        for variant in reversed(staging.variants)
+        if host_runs(parse_target(variant.target)) is None
+    ]  # fmt: skip
 
 
 def finish_bundle(
-    staging: Staging, built: Built, target: Target, report: Report, plan: QuantPlan, origin: dict[str, Any],
+    staging: Staging, built: Built, report: Report, plan: QuantPlan, origin: dict[str, Any],
     options: CompileOptions, accepts: Callable[[int], bool],
 ) -> bool:  # fmt: skip
     """Report, runtime files and manifest; then, when the size of all is accepted, the one rename."""
@@ -383,10 +391,10 @@ def finish_bundle(
     from kbitc.targets.runner.deploy import with_runtime
 
     staging.write_json("report.json", report.as_json(timings=False))
-    for name, content in (with_runtime(target) if options.with_runtime else {}).items():
+    for name, content in (with_runtime(built.target) if options.with_runtime else {}).items():
         staging.add_file(name, content, executable="/" not in name)
     manifest = staging.commit(
-        target, built.inputs, built.outputs, kbitc_version=__version__, plan=plan.as_json(),
+        built.inputs, built.outputs, kbitc_version=__version__, plan=plan.as_json(),
         accuracy=report.accuracy, provenance=origin, accepts=accepts,
     )  # fmt: skip
     return manifest is not None

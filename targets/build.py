@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from kbitc.bundle.writer import Compiled
 from kbitc.targets.cpu.codegen import compile_kernels
 from kbitc.targets.link import export_library, find_compiler
 from kbitc.targets.lower.emitter import Lowered, Signature, check_lowerable, lower
@@ -34,25 +39,32 @@ Dump = Callable[[str, Callable[[], str]], None]
 
 
 @dataclass(frozen=True)
-class Built:
-    """A compiled module.
+class Built(Compiled):
+    """A compiled module and what is known of it.
 
     Attributes:
-        library: bytes of the shared library.
-        weights: arrays of main's parameters behind the inputs, in order.
         inputs, outputs: signature of main; debug outputs come last.
         layers: one dict of facts a contraction.
         kernels: (kernel, schedule rule) pairs.
         calls: one dict a kernel call: the layers it works for.
     """
 
-    library: bytes
-    weights: dict[str, npt.NDArray[Any]]
     inputs: tuple[Signature, ...]
     outputs: tuple[Signature, ...]
     layers: tuple[dict[str, Any], ...]
     kernels: tuple[tuple[str, str], ...]
     calls: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What is compiled for a target: the lowered model, its module with schedules, and (kernel, rule) pairs."""
+
+    target: Target
+    lowered: Lowered
+    module: Any
+    kernels: tuple[tuple[str, str], ...]
+    dump: Dump | None
 
 
 def build(
@@ -75,6 +87,58 @@ def build(
         UnsupportedError: names every node that cannot be compiled.
         ResourceError: a cross compiler or toolkit is missing.
     """
+    return build_all(model, (target,), debug_accumulators=debug_accumulators, dump=dump)[0]
+
+
+def build_all(
+    model: ir.Model,
+    targets: Sequence[Target],
+    *,
+    debug_accumulators: bool = False,
+    dump: Dump | None = None,
+) -> tuple[Built, ...]:
+    """Compile a model for several targets of which the first runs wherever another does; arguments as for `build`.
+
+    Weights that are equal for several targets are one array. Where a target has the kernels of an earlier one, it gets
+    that one's library. Machine code is made in threads: TVM lets go of Python's lock meanwhile.
+    """
+    weights: dict[str, list[npt.NDArray[Any]]] = {}
+    made: list[Scheduled] = []
+    for target in targets:
+        named = dump if dump is None or len(targets) == 1 else partial(_dump_variant, dump, target.variant)
+        item = _scheduled(model, target, debug_accumulators, named)
+        stored = {name: _once(weights.setdefault(name, []), array) for name, array in item.lowered.weights.items()}
+        made.append(replace(item, lowered=replace(item.lowered, weights=stored)))
+    libraries = _libraries(made)
+    return tuple(
+        Built(
+            item.target, library, item.lowered.weights, item.lowered.inputs, item.lowered.outputs,
+            item.lowered.layers, item.kernels, item.lowered.calls,
+        )
+        for item, library in zip(made, libraries, strict=True)
+    )  # fmt: skip
+
+
+def _dump_variant(dump: Dump, variant: str, name: str, text: Callable[[], str]) -> None:
+    path = PurePath(name)
+    dump(f"{path.stem}.{variant}{path.suffix}", text)
+
+
+def _once(known: list[npt.NDArray[Any]], array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The known array of the same bytes and shape, or this one, which is known from now on."""
+    for other in known:
+        same = (other.dtype, other.shape) == (array.dtype, array.shape)
+        if same and np.array_equal(_raw(other), _raw(array)):
+            return other
+    known.append(array)
+    return array
+
+
+def _raw(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _scheduled(model: ir.Model, target: Target, debug_accumulators: bool, dump: Dump | None) -> Scheduled:
     lowered = lower(model, target, debug_accumulators=debug_accumulators)
     if dump is not None:
         dump("09-relax.py", lambda: str(lowered.module.script(show_meta=False)))
@@ -82,10 +146,27 @@ def build(
     if dump is not None:
         dump("10-tir.py", lambda: str(module.script(show_meta=False)))
         dump("10-rules.txt", lambda: rules_text(lowered, kernels))
-    library = compile_module(module, target, dump)
-    return Built(
-        library, lowered.weights, lowered.inputs, lowered.outputs, lowered.layers, tuple(kernels), lowered.calls
-    )
+    return Scheduled(target, lowered, module, tuple(kernels), dump)
+
+
+def _libraries(made: Sequence[Scheduled]) -> list[bytes]:
+    """One library an item; items with equal modules share the first one's."""
+    import tvm_ffi
+
+    firsts = [
+        next(i for i, other in enumerate(made) if other is item or tvm_ffi.structural_equal(other.module, item.module))
+        for item in made
+    ]
+
+    def compiled(index: int) -> bytes:
+        return compile_module(made[index].module, made[index].target, made[index].dump)
+
+    distinct = sorted(set(firsts))
+    if len(distinct) == 1:
+        return [compiled(0)] * len(made)
+    with ThreadPoolExecutor(min(len(distinct), os.cpu_count() or 1)) as pool:
+        libraries = dict(zip(distinct, pool.map(compiled, distinct), strict=True))
+    return [libraries[first] for first in firsts]
 
 
 def rules_text(lowered: Lowered, kernels: list[tuple[str, str]]) -> str:
@@ -164,4 +245,13 @@ def _compiled(module: Any, target: Target, dump: Dump | None) -> bytes:
         return code.link(Path(folder))
 
 
-__all__ = ["Built", "Signature", "build", "check_lowerable", "compile_module", "relax_pipeline", "rules_text"]
+__all__ = [
+    "Built",
+    "Signature",
+    "build",
+    "build_all",
+    "check_lowerable",
+    "compile_module",
+    "relax_pipeline",
+    "rules_text",
+]

@@ -7,12 +7,21 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 TOPOLOGY = Path("/sys/devices/system/cpu")
 _CUDA_LIBRARIES = ("libcuda.so.1", "libcuda.so")
+# Registers that the operating system has to save (XCR0) -> the feature that needs them first, as (leaf, register, bit)
+# of `__x86_get_cpuid_feature_leaf` (glibc manual, "X86"), and the names of all features that do.
+_SAVED = (
+    ((0, 2, 28), re.compile(r"avx.*|fma|f16c|vaes|vpclmulqdq")),
+    ((1, 1, 16), re.compile(r"avx512.*")),
+    ((1, 3, 24), re.compile(r"amx.*")),
+)
 _COMPUTE_CAPABILITY_MAJOR = 75  # CUdevice_attribute of the CUDA driver API
 _COMPUTE_CAPABILITY_MINOR = 76
 
@@ -29,12 +38,41 @@ def architecture(machine: str | None = None) -> str:
 
 @functools.cache
 def cpu_features() -> frozenset[str]:
-    """Instruction-set features of this processor, with the names of /proc/cpuinfo; empty when it cannot be read."""
+    """Instruction-set features that programs may use here, with the names of /proc/cpuinfo; empty without that file.
+
+    A feature of the processor whose registers the operating system does not save is left out.
+    """
     try:
         text = CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return frozenset()
-    return parse_cpuinfo(text)
+    return usable(parse_cpuinfo(text), active_leaf)
+
+
+def usable(features: frozenset[str], leaf: Callable[[int], tuple[int, ...] | None]) -> frozenset[str]:
+    """The features without those whose registers are not saved.
+
+    Args:
+        features: names of /proc/cpuinfo.
+        leaf: as `active_leaf`.
+    """
+    for (number, register, bit), names in _SAVED:
+        bits = leaf(number)
+        if bits is not None and not bits[register] >> bit & 1:
+            features = frozenset(name for name in features if not names.fullmatch(name))
+    return features
+
+
+def active_leaf(number: int) -> tuple[int, ...] | None:
+    """EAX, EBX, ECX, EDX of a CPUID leaf (0: leaf 1, 1: leaf 7) with only the features that XCR0 lets programs use.
+
+    None where the C library does not tell (glibc before 2.33, other libraries, other processors).
+    """
+    ask = getattr(ctypes.CDLL(None), "__x86_get_cpuid_feature_leaf", None)
+    if ask is None:
+        return None
+    ask.restype = ctypes.POINTER(ctypes.c_uint32 * 8)  # struct cpuid_feature: cpuid_array[4], active_array[4]
+    return tuple(ask(number).contents[4:])
 
 
 def parse_cpuinfo(text: str) -> frozenset[str]:

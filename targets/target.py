@@ -8,7 +8,7 @@ holds the kernel rules.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -77,6 +77,11 @@ class Target:
     dot: str
     registers: int
     arch: str = ""
+
+    @property
+    def variant(self) -> str:
+        """What tells it from others of its family, such as ``avx2``: the text form behind the colon."""
+        return self.name.partition(":")[2] or self.name
 
     @property
     def tvm(self) -> dict[str, Any]:
@@ -159,7 +164,8 @@ def family(kind: str) -> ModuleType:
 def parse_target(text: str) -> Target:
     """The target of a text form such as ``host``, ``x86:avx2``, ``arm-neon:dotprod,i8mm`` or ``cuda:sm_90``.
 
-    A family without a variant means its first one; plain ``cuda`` means the GPU of this machine when it has one.
+    A family without a variant means its first one (see `parse_targets`); plain ``cuda`` means the GPU of this machine
+    when it has one.
 
     Raises:
         UsageError: when the text names no target; says the nearest.
@@ -171,7 +177,7 @@ def parse_target(text: str) -> Target:
         known = ["host", *FOLDERS]
         raise UsageError("unknown target", got=repr(text), remedy=f"{catalog.nearest(kind, known)} ({SYNTAX})")
     module = family(kind)
-    features = tuple(part.strip() for part in variant.split(",")) if colon else module.default_features()
+    features = tuple(part.strip() for part in variant.split(",")) if colon else module.bundled_features()[0]
     for feature in features:
         if feature not in module.VARIANTS:
             remedy = catalog.nearest(feature, [f"{kind}:{name}" for name in module.VARIANTS])
@@ -182,10 +188,29 @@ def parse_target(text: str) -> Target:
     return target
 
 
+def parse_targets(text: str) -> tuple[Target, ...]:
+    """The targets of a text form, of which a bundle holds a library each: all variants for plain ``x86``, else one.
+
+    The first one runs wherever another of them does.
+
+    Raises:
+        UsageError: as `parse_target`.
+    """
+    kind = text.strip()
+    if kind not in FOLDERS:
+        return (parse_target(text),)
+    module = family(kind)
+    return tuple(module.declare(features) for features in module.bundled_features())
+
+
+def bundle_name(targets: Sequence[Target]) -> str:
+    """The text form that `parse_targets` reads back."""
+    return targets[0].name if len(targets) == 1 else targets[0].kind
+
+
 def host_target() -> Target:
     """The best CPU target that this machine runs; ``reference`` where no family does."""
-    for name in ("x86:avx512vbmi", "x86:avx512vnni", "x86:avx2", "arm-neon:dotprod,i8mm", "arm-neon:dotprod"):
-        target = parse_target(name)
+    for target in (*reversed(parse_targets("x86")), *map(parse_target, ("arm-neon:dotprod,i8mm", "arm-neon:dotprod"))):
         if host_runs(target) is None:
             return target
     return parse_target("reference")
@@ -193,11 +218,8 @@ def host_target() -> Target:
 
 def all_targets() -> list[Target]:
     """Every target that kbitc has, in the order of `FOLDERS`."""
-    names = [
-        *("x86:avx2", "x86:avx512vnni", "x86:avx512vbmi", "arm-neon:dotprod", "arm-neon:dotprod,i8mm"),
-        *("cuda:sm_80", "cuda:sm_90", "reference"),
-    ]
-    return [parse_target(name) for name in names]
+    names = ("arm-neon:dotprod", "arm-neon:dotprod,i8mm", "cuda:sm_80", "cuda:sm_90", "reference")
+    return [*parse_targets("x86"), *map(parse_target, names)]
 
 
 def required_cpu_features(target: Target) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from kbitc.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 NAME = "manifest.json"
 LIBRARY = "module.so"
 WEIGHTS = "weights.safetensors"
@@ -59,7 +59,7 @@ class ValueInfo:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A weight argument of `main`: its true shape, and the name of its tensor in weights.safetensors."""
+    """A weight: its true shape, and the name of its tensor in weights.safetensors."""
 
     name: str
     dtype: str
@@ -83,8 +83,29 @@ class TargetFacts:
     machine: str
     triple: str
     device: str
-    cpu_features: tuple[str, ...]
     arch: str = ""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The model compiled for one kind of processor.
+
+    Attributes:
+        target: text form of the target, such as ``x86:avx2``.
+        library: the compiled library, a path in the bundle; variants with the same kernels share one.
+        cpu_features: processor features (names of /proc/cpuinfo) without which it must not be loaded.
+        arguments: what `main` takes behind the inputs: places in the manifest's `parameters`.
+    """
+
+    target: str
+    library: str
+    cpu_features: tuple[str, ...]
+    arguments: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, such as ``avx2``: the target behind the colon."""
+        return self.target.partition(":")[2] or self.target
 
 
 @dataclass(frozen=True)
@@ -97,7 +118,8 @@ class Manifest:
         target: the machine it is for.
         inputs: inputs of the model, in the order of `main`.
         outputs: outputs, in order.
-        parameters: weights, in the order of `main` after the inputs.
+        variants: the compiled model for each kind of processor, the most demanding first.
+        parameters: weights of all variants; what several read alike is there once.
         files: relative path -> hash and size of every file but the manifest.
         plan: what each weight became (scheme, padding), for people and tools.
         accuracy: how close the result is to the original, as verified before the bundle was written.
@@ -107,6 +129,7 @@ class Manifest:
     kbitc_version: str
     tvm_version: str
     target: TargetFacts
+    variants: tuple[Variant, ...]
     inputs: tuple[ValueInfo, ...]
     outputs: tuple[ValueInfo, ...]
     parameters: tuple[Parameter, ...]
@@ -115,6 +138,10 @@ class Manifest:
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+
+    def parameters_of(self, variant: Variant) -> tuple[Parameter, ...]:
+        """The weights of a variant, in the order of its `main` after the inputs."""
+        return tuple(self.parameters[place] for place in variant.arguments)
 
     def to_bytes(self) -> bytes:
         """The bytes of manifest.json; the same manifest gives the same bytes."""
@@ -233,15 +260,26 @@ class _Reader:
 
     def target(self, raw: object) -> TargetFacts:
         table = self.table(raw, "target")
-        features = self.items(table, "cpu_features")
-        if not all(isinstance(feature, str) for feature in features):
-            raise self.fail("cpu_features is not a list of texts", features)
         name, machine, triple, device, arch = (
             self.text(table, key) for key in ("name", "machine", "triple", "device", "arch")
         )
         if device not in ("cpu", "cuda"):
             raise self.fail("unknown device", device)
-        return TargetFacts(name, machine, triple, device, tuple(features), arch)
+        return TargetFacts(name, machine, triple, device, arch)
+
+    def variant(self, raw: object, parameters: int, files: Mapping[str, FileEntry]) -> Variant:
+        table = self.table(raw, "a variant")
+        features = self.items(table, "cpu_features")
+        if not all(isinstance(feature, str) for feature in features):
+            raise self.fail("cpu_features is not a list of texts", features)
+        arguments = self.items(table, "arguments")
+        for place in arguments:
+            if type(place) is not int or not 0 <= place < parameters:
+                raise self.fail("not a place in parameters", place)
+        library = self.text(table, "library")
+        if library not in files:
+            raise self.fail("a needed file is not listed", library)
+        return Variant(self.text(table, "target"), library, tuple(features), tuple(arguments))
 
     def file_entry(self, path: str, raw: object) -> FileEntry:
         if not _PATH.fullmatch(path) or path == NAME:
@@ -254,16 +292,20 @@ class _Reader:
 
     def manifest(self, top: dict[str, Any]) -> Manifest:
         files = {path: self.file_entry(path, raw) for path, raw in self.table(top.get("files"), "files").items()}
-        for path in (LIBRARY, WEIGHTS):
-            if path not in files:
-                raise self.fail("a needed file is not listed", path)
+        if WEIGHTS not in files:
+            raise self.fail("a needed file is not listed", WEIGHTS)
+        parameters = tuple(map(self.parameter, self.items(top, "parameters")))
+        variants = tuple(self.variant(raw, len(parameters), files) for raw in self.items(top, "variants"))
+        if not variants:
+            raise self.fail("variants is empty", [])
         return Manifest(
             kbitc_version=self.text(top, "kbitc_version"),
             tvm_version=self.text(top, "tvm_version"),
             target=self.target(top.get("target")),
+            variants=variants,
             inputs=tuple(map(self.value_info, self.items(top, "inputs"))),
             outputs=tuple(map(self.value_info, self.items(top, "outputs"))),
-            parameters=tuple(map(self.parameter, self.items(top, "parameters"))),
+            parameters=parameters,
             files=files,
             plan=self.table(top.get("plan"), "plan"),
             accuracy=self.table(top.get("accuracy"), "accuracy"),

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from kbitc.bundle.manifest import MAX_MANIFEST_BYTES, NAME, FileEntry, Manifest, parse_manifest
+from kbitc.bundle.manifest import MAX_MANIFEST_BYTES, NAME, FileEntry, Manifest, Variant, parse_manifest
 from kbitc.errors import BundleError
 from kbitc.targets.target import machine_runs
 
+VARIANT = "KBITC_VARIANT"
 COPY_AGAIN = "copy the bundle again or compile the model again"
 
 
@@ -77,18 +78,39 @@ def constants_of(folder: Path) -> tuple[str, ...]:
     return tuple(map(str, options.get("constants", ()))) if isinstance(options, Mapping) else ()
 
 
-def check_machine(manifest: Manifest, where: str) -> None:
-    """Refuse a bundle that this machine, or this machine's TVM runtime, cannot run.
+def choose_variant(manifest: Manifest, where: str, wanted: str | None = None) -> Variant:
+    """The first variant that this machine runs.
+
+    Args:
+        manifest: of the bundle.
+        where: the bundle, for messages.
+        wanted: the only variant that will do, such as "avx2"; None asks the environment variable `VARIANT`, and when
+            that is empty too any will do.
+
+    Raises:
+        BundleError: the bundle has no such variant, or this machine runs none; names both sides.
+    """
+    wanted = wanted or os.environ.get(VARIANT)
+    variants = [item for item in manifest.variants if not wanted or wanted in (item.name, item.target)]
+    if not variants:
+        there = ", ".join(item.name for item in manifest.variants)
+        raise BundleError("the bundle has no such variant", where=where, got=wanted, remedy=f"it has {there}")
+    target, reason = manifest.target, ""
+    for variant in variants:
+        refusal = machine_runs(variant.target, target.machine, variant.cpu_features, target.device, target.arch)
+        if refusal is None:
+            return variant
+        reason = refusal
+    what = "this machine cannot run the variant" if wanted else "this bundle is for another machine"
+    raise BundleError(what, where=where, got=reason, remedy="compile with --target host")
+
+
+def check_runtime(manifest: Manifest, where: str) -> None:
+    """Refuse a bundle for another version of TVM's runtime.
 
     Raises:
         BundleError: names both sides.
     """
-    target = manifest.target
-    reason = machine_runs(target.name, target.machine, target.cpu_features, target.device, target.arch)
-    if reason is not None:
-        raise BundleError(
-            "this bundle is for another machine", where=where, got=reason, remedy="compile with --target host"
-        )
     installed = tvm_version()
     if manifest.tvm_version != installed:
         raise BundleError(

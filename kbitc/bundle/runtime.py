@@ -21,7 +21,7 @@ import numpy.typing as npt
 from kbitc import catalog
 from kbitc.bundle.engine import Engine, set_threads
 from kbitc.bundle.manifest import LIBRARY, WEIGHTS, Described, Parameter
-from kbitc.bundle.reader import check_machine, open_bundle
+from kbitc.bundle.reader import check_runtime, choose_variant, open_bundle
 from kbitc.bundle.weights import ALIGNMENT, map_weights
 from kbitc.errors import CalibrationError, InternalError, UsageError
 from kbitc.targets import machine
@@ -36,7 +36,7 @@ class Model:
         inputs: what it takes.
         outputs: what it gives.
         threads: threads that kernels use.
-        target_name: the target it was compiled for, such as ``x86:avx2``; "" when it was not loaded from a bundle.
+        target_name: the target of the variant that runs, such as ``x86:avx2``; "" when it was not loaded from a bundle.
     """
 
     target_name = ""
@@ -195,31 +195,35 @@ def describe(info: Described) -> str:
     return f"{info.dtype}[{', '.join(map(str, info.shape))}]"
 
 
-def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True) -> Model:
-    """Load a bundle.
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: bool = True, variant: str | None = None
+) -> Model:
+    """Load a bundle: of its variants the best that this machine runs.
 
     Args:
         path: the folder NAME.kbit.
         threads: threads for kernels, at most one for each usable processor; None: one for each physical core.
         verify: compare the SHA-256 of every file before anything is mapped or loaded.
+        variant: the only variant that will do, such as "avx2"; None: what KBITC_VARIANT says, else the best.
 
     Raises:
-        BundleError: when the bundle is damaged or for another machine.
+        BundleError: when the bundle is damaged or for another machine, or lacks the variant.
         UsageError: when `threads` is not positive.
     """
     bundle = open_bundle(path, verify=verify)
     manifest = bundle.manifest
-    check_machine(manifest, str(path))
+    chosen = choose_variant(manifest, str(path), variant)
+    check_runtime(manifest, str(path))
     model = load_parts(
-        bundle.path(LIBRARY),
+        bundle.path(chosen.library),
         bundle.path(WEIGHTS),
-        manifest.parameters,
+        manifest.parameters_of(chosen),
         manifest.inputs,
         manifest.outputs,
         device=manifest.target.device,
         threads=threads,
     )
-    model.target_name = manifest.target.name
+    model.target_name = chosen.target
     return model
 
 

@@ -3,10 +3,9 @@
 ::
 
     with stage(out) as staging:
-        staging.write_library(library)
-        staging.write_weights(weights)
+        staging.write_variants([Compiled(target, library, weights)])
         staging.write_json(REPORT, report)
-        staging.commit(target, inputs, outputs, kbitc_version=version)
+        staging.commit(inputs, outputs, kbitc_version=version)
 
 What is staged can be loaded by `runtime.load_parts` before it is committed, so what is verified is what is shipped.
 """
@@ -18,8 +17,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,30 @@ from kbitc.bundle.manifest import (
     Parameter,
     TargetFacts,
     ValueInfo,
+    Variant,
     is_bundle_path,
     parse_manifest,
 )
 from kbitc.bundle.reader import read_manifest, tvm_version
 from kbitc.errors import BundleError, InternalError, ResourceError, UsageError
-from kbitc.targets.target import Target
+from kbitc.targets.target import Target, bundle_name
 
 _CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A model compiled for one target.
+
+    Attributes:
+        target: what it was compiled for.
+        library: bytes of the shared library.
+        weights: arrays of main's parameters behind the inputs, in order; what several variants read is one object.
+    """
+
+    target: Target
+    library: bytes
+    weights: Mapping[str, npt.NDArray[Any]]
 
 
 class Staging:
@@ -53,32 +69,51 @@ class Staging:
     def __init__(self, folder: Path, out: Path, force: bool) -> None:
         self.folder = folder
         self.parameters: tuple[Parameter, ...] = ()
+        self.variants: tuple[Variant, ...] = ()
+        self._targets: tuple[Target, ...] = ()
         self._out = out
         self._old = folder.with_suffix(".old")
         self._force = force
         self._files: dict[str, FileEntry] = {}
 
     @property
-    def library(self) -> Path:
-        """Where `write_library` put the compiled library."""
-        return self.folder / LIBRARY
-
-    @property
     def weights(self) -> Path:
-        """Where `write_weights` put the weights."""
+        """Where `write_variants` put the weights."""
         return self.folder / WEIGHTS
+
+    def parameters_of(self, variant: Variant) -> tuple[Parameter, ...]:
+        """The weights of a variant, in the order of its `main`."""
+        return tuple(self.parameters[place] for place in variant.arguments)
 
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every file written so far, by relative path."""
         return {name: entry.size for name, entry in self._files.items()}
 
-    def write_library(self, library: bytes | Path) -> None:
-        """Add the compiled library, from memory or from a file."""
-        self.add_file(LIBRARY, library)
+    def write_variants(self, made: Sequence[Compiled]) -> None:
+        """Add libraries and weights, what several variants share once.
 
-    def write_weights(self, weights: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add the weights; their order is the order of the parameters of `main`."""
+        Args:
+            made: one item a variant; the first runs wherever another does.
+        """
+        libraries: dict[bytes, str] = {}
+        weights: dict[str, npt.NDArray[Any]] = {}
+        places: dict[tuple[str, int], int] = {}
+        variants = []
+        for item in made:
+            if item.library not in libraries:
+                name = LIBRARY if len(made) == 1 else f"module-{item.target.variant.replace(',', '-')}.so"
+                libraries[item.library] = name
+                self.add_file(name, item.library)
+            for name, array in item.weights.items():
+                if (name, id(array)) not in places:
+                    places[name, id(array)] = len(weights)
+                    weights[_fresh(name, item.target.variant, weights)] = array
+            arguments = tuple(places[name, id(array)] for name, array in item.weights.items())
+            features = tuple(sorted(item.target.cpu_features))
+            variants.append(Variant(item.target.name, libraries[item.library], features, arguments))
+        self._targets = tuple(item.target for item in made)
+        self.variants = tuple(reversed(variants))
         self._claim(WEIGHTS)
         with _disk(self._out):
             self.parameters, self._files[WEIGHTS] = weights_file.write_weights(self.weights, weights)
@@ -108,7 +143,6 @@ class Staging:
 
     def commit(
         self,
-        target: Target,
         inputs: Sequence[Described],
         outputs: Sequence[Described],
         *,
@@ -121,7 +155,6 @@ class Staging:
         """Write the manifest and rename the folder to OUT.
 
         Args:
-            target: what the library was compiled for.
             inputs: inputs of `main`, in order.
             outputs: outputs, in order.
             kbitc_version: version of this kbitc.
@@ -139,7 +172,8 @@ class Staging:
         manifest = Manifest(
             kbitc_version=kbitc_version,
             tvm_version=tvm_version(),
-            target=target_facts(target),
+            target=target_facts(self._targets),
+            variants=self.variants,
             inputs=_value_infos(inputs),
             outputs=_value_infos(outputs),
             parameters=self.parameters,
@@ -189,11 +223,17 @@ def _value_infos(values: Sequence[Described]) -> tuple[ValueInfo, ...]:
     return tuple(ValueInfo(value.name, str(value.dtype), tuple(value.shape)) for value in values)
 
 
-def target_facts(target: Target) -> TargetFacts:
-    """What a manifest says of a target."""
-    return TargetFacts(
-        target.name, target.machine, target.triple, target.device, tuple(sorted(target.cpu_features)), target.arch
-    )
+def _fresh(name: str, variant: str, taken: Container[str]) -> str:
+    """A name for a weight that no other has: its own where it is free."""
+    while name in taken:
+        name = f"{name}@{variant}"
+    return name
+
+
+def target_facts(targets: Sequence[Target]) -> TargetFacts:
+    """What a manifest says of its targets together."""
+    first = targets[0]
+    return TargetFacts(bundle_name(targets), first.machine, first.triple, first.device, first.arch)
 
 
 def check_output(out: str | os.PathLike[str], *, force: bool) -> Path:
@@ -234,7 +274,7 @@ def _is_bundle(path: Path) -> bool:
     try:
         read_manifest(path)
     except BundleError:
-        return (path / NAME).is_file() and (path / LIBRARY).is_file()
+        return (path / NAME).is_file() and (path / WEIGHTS).is_file()
     return True
 
 
@@ -258,9 +298,7 @@ def stage(out: str | os.PathLike[str], *, force: bool = False) -> Iterator[Stagi
 
 def write_bundle(
     out: str | os.PathLike[str],
-    target: Target,
-    library: bytes | Path,
-    weights: Mapping[str, npt.NDArray[Any]],
+    made: Sequence[Compiled],
     inputs: Sequence[Described],
     outputs: Sequence[Described],
     *,
@@ -272,20 +310,18 @@ def write_bundle(
     runtime_files: Mapping[str, bytes | Path] | None = None,
     force: bool = False,
 ) -> Manifest | None:
-    """Write a whole bundle at once; see `stage` and `Staging.commit` for the arguments.
+    """Write a whole bundle at once; see `Staging.write_variants` and `Staging.commit` for the arguments.
 
     Args:
         runtime_files: what `kbitc.targets.runner.deploy.with_runtime` gives, for `--with-runtime`.
         report: becomes report.json.
     """
     with stage(out, force=force) as staging:
-        staging.write_library(library)
-        staging.write_weights(weights)
+        staging.write_variants(made)
         staging.write_json(REPORT, report)
         for name, content in (runtime_files or {}).items():
             staging.add_file(name, content, executable="/" not in name)
         return staging.commit(
-            target,
             inputs,
             outputs,
             kbitc_version=kbitc_version,

@@ -33,9 +33,11 @@ def bench_bundle(
     threads: int,
     rounds: int,
     on_stage: Callable[[str], None] = lambda name: None,
+    *,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Time one call of every engine a round, in turn; report medians and ratios to the bundle's."""
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, variant=variant)
     with tempfile.TemporaryDirectory() as folder:
         on_stage("prepare")
         engines, feeds = _engines(model, bundle, against, inputs, shapes, threads, Path(folder))
@@ -44,6 +46,7 @@ def bench_bundle(
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "bundle": str(bundle),
+        "target": model.target_name,
         "threads": threads,
         "rounds": rounds,
         "inputs": {name: list(array.shape) for name, array in feeds.items()},
@@ -91,7 +94,9 @@ def _engines(
     if against is not None:
         from kbitc.graph.evaluate import Session
 
-        engines[FLOAT_BUILD] = load(compile_float(model, bundle, against, folder), threads=threads)
+        engines[FLOAT_BUILD] = load(
+            compile_float(model, bundle, against, folder), threads=threads, variant=model.target_name
+        )
         engines[ONNXRUNTIME] = Session(imported, threads=threads, optimize=True).run
     return engines, feeds
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from kbitc import driver, options
-from kbitc.bundle.manifest import REPORT
+from kbitc.bundle.manifest import REPORT, TargetFacts, Variant
 from kbitc.bundle.reader import open_bundle
 from kbitc.errors import UsageError
 from kbitc.importer import load_model
 from kbitc.passes.allocate.choices import FLOAT_BITS, weight_bits
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.plan import PlanEntry
-from kbitc.targets.target import host_target
+from kbitc.targets.target import host_target, machine_runs
 
 
 def inspect_path(path: Path, plan: Path | None = None, write_plan: Path | None = None) -> dict[str, Any]:
@@ -47,6 +47,7 @@ def _bundle(path: Path) -> dict[str, Any]:
         "kind": "bundle",
         "path": str(path),
         "target": manifest.target.name,
+        "variants": [_variant(item, manifest.target) for item in manifest.variants],
         "inputs": [asdict(item) for item in manifest.inputs],
         "outputs": [asdict(item) for item in manifest.outputs],
         "files": {name: item.size for name, item in manifest.files.items()},
@@ -55,6 +56,13 @@ def _bundle(path: Path) -> dict[str, Any]:
         "layers": report["layers"],
         "accuracy": report["accuracy"],
     }
+
+
+def _variant(variant: Variant, target: TargetFacts) -> dict[str, Any]:
+    """What it needs, and why this machine does not run it (None when it does)."""
+    reason = machine_runs(variant.target, target.machine, variant.cpu_features, target.device, target.arch)
+    facts = {"target": variant.target, "library": variant.library, "cpu_features": list(variant.cpu_features)}
+    return {**facts, "runs": reason}
 
 
 def _model(path: Path, given: Path | None, write_plan: Path | None) -> dict[str, Any]:

@@ -29,19 +29,21 @@ def bench_layers(
     threads: int,
     rounds: int,
     on_stage: Callable[[str], None] = lambda name: None,
+    *,
+    variant: str | None = None,
 ) -> dict[str, Any]:
     """Time every layer of a bundle, and of the float build of `against`, in interleaved rounds."""
     from kbitc.targets.probe import probe
     from kbitc.targets.target import parse_target
 
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, variant=variant)
     with tempfile.TemporaryDirectory() as folder:
         on_stage("prepare")
         feeds, _ = bench_feeds(model, bundle, against, inputs, shapes)
         timed = {BUNDLE: (model, *_ready(model, bundle, feeds))}
         if against is not None:
             float_bundle = compile_float(model, bundle, against, Path(folder))
-            built = load(float_bundle, threads=threads)
+            built = load(float_bundle, threads=threads, variant=model.target_name)
             timed[FLOAT_BUILD] = (built, *_ready(built, float_bundle, feeds))
         on_stage("probe")
         limits = probe(parse_target(model.target_name), threads, clock_of(threads))
@@ -65,9 +67,14 @@ def _ready(model: Model, bundle: Path, feeds: Feeds) -> tuple[list[Any], dict[st
     """Device arguments, and the report of the bundle.
 
     Raises:
-        BundleError: the bundle is older than measurements by layer.
+        BundleError: the bundle is older than measurements by layer, or its report is of another variant.
     """
-    report: dict[str, Any] = json.loads(open_bundle(bundle).path(REPORT).read_text(encoding="utf-8"))
+    opened = open_bundle(bundle)
+    report: dict[str, Any] = json.loads(opened.path(REPORT).read_text(encoding="utf-8"))
+    told = opened.manifest.variants[0].target
+    if model.target_name != told:
+        raise BundleError(f"{REPORT} tells which kernel is which layer for one variant only", where=str(bundle),
+                          got=model.target_name, remedy=f"it does for {told}")  # fmt: skip
     if "calls" not in report:
         raise BundleError(f"{REPORT} does not say which kernel is which layer", where=str(bundle),
                           remedy="compile the model again")  # fmt: skip

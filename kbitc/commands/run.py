@@ -13,9 +13,11 @@ from kbitc.errors import ResourceError
 from kbitc.importer.feeds import read_feeds
 
 
-def run_bundle(bundle: Path, inputs: Path, output: Path | None, threads: int | None) -> dict[str, Any]:
+def run_bundle(
+    bundle: Path, inputs: Path, output: Path | None, threads: int | None, variant: str | None = None
+) -> dict[str, Any]:
     """Run and describe the outputs; writes them to `output` as .npz when given."""
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, variant=variant)
     feeds = read_feeds(inputs, model.inputs)
     start = time.perf_counter()
     results = model(feeds)
@@ -26,8 +28,8 @@ def run_bundle(bundle: Path, inputs: Path, output: Path | None, threads: int | N
         {"name": name, "dtype": str(array.dtype), "shape": list(array.shape), **_range(array)}
         for name, array in results.items()
     ]
-    return {"bundle": str(bundle), "milliseconds": round(milliseconds, 3), "outputs": described,
-            "output_file": None if output is None else str(output)}  # fmt: skip
+    return {"bundle": str(bundle), "target": model.target_name, "milliseconds": round(milliseconds, 3),
+            "outputs": described, "output_file": None if output is None else str(output)}  # fmt: skip
 
 
 def _range(array: np.ndarray[Any, Any]) -> dict[str, float | None]:

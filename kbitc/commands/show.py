@@ -152,13 +152,14 @@ def run(result: Mapping[str, Any]) -> None:
         _row(table, item["name"], item["dtype"], "x".join(map(str, item["shape"])), *numbers)
     console.print(table)
     written = f", written to {result['output_file']}" if result["output_file"] else ""
-    console.print(f"[dim]{result['milliseconds']:.2f} ms (first call){written}[/dim]")
+    console.print(f"[dim]{result['target']}: {result['milliseconds']:.2f} ms (first call){written}[/dim]")
 
 
 def bench(result: Mapping[str, Any]) -> None:
     """After bench: one line an engine."""
     console = _console()
-    console.print(f"{result['machine']['cpu']}, {result['threads']} thread(s), {result['rounds']} interleaved rounds")
+    rounds = f"{result['threads']} thread(s), {result['rounds']} interleaved rounds"
+    console.print(f"{result['target']} on {result['machine']['cpu']}, {rounds}")
     table = _table("engine", "median ms", "min ms", "time / bundle", right=("median ms", "min ms", "time / bundle"))
     for item in result["engines"]:
         times = item["milliseconds"]
@@ -171,7 +172,7 @@ def bench(result: Mapping[str, Any]) -> None:
 def verify(result: Mapping[str, Any]) -> None:
     """After verify."""
     console = _console()
-    console.print(f"[bold]{escape(result['bundle'])}[/bold]: {result['integrity']}")
+    console.print(f"[bold]{escape(result['bundle'])}[/bold]: {result['integrity']}; runs as {result['target']}")
     if "outputs" in result:
         _accuracy(console, {"module": result["outputs"], "data": result["data"]})
 
@@ -196,6 +197,8 @@ def inspect(result: Mapping[str, Any]) -> None:
     """After inspect."""
     console = _console()
     console.print(f"[bold]{escape(result['path'])}[/bold] ({result['kind']})")
+    for item in result.get("variants", ()):
+        console.print(f"variant {item['target']} in {item['library']}: {item['runs'] or 'runs here'}")
     for side in ("inputs", "outputs"):
         for item in result[side]:
             console.print(f"{side[:-1]:7} " + escape(f"{item['name']}  {_type(item)}"))

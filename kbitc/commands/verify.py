@@ -16,15 +16,18 @@ from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.metrics import compare
 
 
-def verify_bundle(bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None) -> dict[str, Any]:
+def verify_bundle(
+    bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None, variant: str | None = None
+) -> dict[str, Any]:
     """Check every hash, then compare with the float model when it is given.
 
     Raises:
-        BundleError: the bundle is damaged or for another machine.
+        BundleError: the bundle is damaged or for another machine, or lacks the variant.
         AccuracyError: an output is further off than `min_sqnr` dB.
     """
-    loaded = load(bundle)
-    result: dict[str, Any] = {"bundle": str(bundle), "integrity": "every file has the size and SHA-256 of the manifest"}
+    loaded = load(bundle, variant=variant)
+    integrity = "every file has the size and SHA-256 of the manifest"
+    result: dict[str, Any] = {"bundle": str(bundle), "integrity": integrity, "target": loaded.target_name}
     if model is None:
         return result
     shapes = {item.name: item.shape for item in loaded.inputs}

@@ -10,14 +10,14 @@ HOST_TRIPLE = "x86_64-linux-gnu"
 WARP = 32
 
 
-def default_features() -> tuple[str, ...]:
+def bundled_features() -> tuple[tuple[str, ...], ...]:
     """The GPU at hand where there is one that a variant serves, otherwise ``sm_80``."""
     found = machine.cuda_capability()
     if isinstance(found, str):
-        return ("sm_80",)
+        return (("sm_80",),)
     here = 10 * found[0] + found[1]
     fitting = [name for name in VARIANTS if int(name[3:]) // 10 == found[0] and int(name[3:]) <= here]
-    return (fitting[-1],) if fitting else ("sm_80",)
+    return ((fitting[-1] if fitting else "sm_80",),)
 
 
 def declare(features: tuple[str, ...]) -> Target:

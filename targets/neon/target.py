@@ -11,9 +11,9 @@ TRIPLE = "aarch64-linux-gnu"
 DOTPROD = ("asimd", "asimddp", "asimdhp", "asimdrdm", "atomics", "crc32", "fphp")
 
 
-def default_features() -> tuple[str, ...]:
+def bundled_features() -> tuple[tuple[str, ...], ...]:
     """Plain ``arm-neon`` is the variant of every 64-bit ARM core since 2018 (Cortex-A76, Neoverse N1)."""
-    return ("dotprod",)
+    return (("dotprod",),)
 
 
 def declare(features: tuple[str, ...]) -> Target:

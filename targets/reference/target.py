@@ -9,9 +9,9 @@ VARIANTS: tuple[str, ...] = ()
 BASELINE = {"x86_64": "x86-64", "aarch64": "generic"}
 
 
-def default_features() -> tuple[str, ...]:
+def bundled_features() -> tuple[tuple[str, ...], ...]:
     """The reference target has no variants."""
-    return ()
+    return ((),)
 
 
 def declare(features: tuple[str, ...]) -> Target:

@@ -28,7 +28,7 @@ def quantized_weight(contraction: Contraction) -> QTensor:
     return contraction.weight
 
 
-def cached(ctx: EmitContext, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+def cached(ctx: EmitContext, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
     """Build a kernel once for all contractions of the same specification."""
     if key not in ctx.memo:
         ctx.memo[key] = make()

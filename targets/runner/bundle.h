@@ -13,7 +13,7 @@
 
 namespace kbitc {
 
-constexpr int64_t kSchemaVersion = 1;
+constexpr int64_t kSchemaVersion = 2;
 
 struct Dim {
   int64_t size = -1;   // -1: symbolic
@@ -40,6 +40,19 @@ struct Parameter {
   std::vector<int64_t> shape;
 };
 
+// The model compiled for one kind of processor.
+struct Variant {
+  std::string target, library;
+  std::vector<std::string> features;
+  std::vector<size_t> arguments;  // places in the manifest's parameters
+
+  // What a person calls it: the target behind the colon.
+  std::string Name() const {
+    size_t colon = target.find(':');
+    return colon == std::string::npos ? target : target.substr(colon + 1);
+  }
+};
+
 struct FileEntry {
   std::string sha256;
   uint64_t size;
@@ -47,7 +60,8 @@ struct FileEntry {
 
 class Bundle {
  public:
-  Bundle(const std::string& folder, bool verify) : folder_(folder) {
+  // wanted: the only variant that will do; empty: the best that this machine runs.
+  Bundle(const std::string& folder, bool verify, const std::string& wanted) : folder_(folder) {
     std::error_code ignored;
     if (!fs::is_directory(folder_, ignored)) {
       throw Failure(kBundle, "the bundle " + std::string(fs::exists(folder_, ignored) ? "is not a folder" : "does not exist") +
@@ -56,7 +70,8 @@ class Bundle {
     ReadManifest();
     CheckList();
     for (const auto& [name, entry] : files_) CheckFile(folder_ / name, entry, verify);
-    CheckMachine();
+    ChooseVariant(wanted);
+    CheckRuntime();
     MapWeights();
   }
   ~Bundle() {
@@ -65,9 +80,9 @@ class Bundle {
   Bundle(const Bundle&) = delete;
   Bundle& operator=(const Bundle&) = delete;
 
-  std::string Library() const { return fs::absolute(folder_ / "module.so").string(); }
+  std::string Library() const { return fs::absolute(folder_ / variant_.library).string(); }
   const std::string& device() const { return device_; }
-  const std::string& target() const { return target_; }
+  const std::string& target() const { return variant_.target; }
   const std::string& arch() const { return arch_; }
   const std::vector<ValueInfo>& inputs() const { return inputs_; }
   const std::vector<ValueInfo>& outputs() const { return outputs_; }
@@ -75,7 +90,8 @@ class Bundle {
   // The weights in the order of `main`; they lie in the mapped file.
   std::vector<Array> Weights() const {
     std::vector<Array> weights;
-    for (const Parameter& parameter : parameters_) {
+    for (size_t place : variant_.arguments) {
+      const Parameter& parameter = parameters_[place];
       Array array{parameter.type, parameter.shape, nullptr};
       array.data = std::shared_ptr<uint8_t>(places_.at(parameter.tensor), [](uint8_t*) {});
       weights.push_back(array);
@@ -127,16 +143,10 @@ class Bundle {
     CheckSelfHash(text, path);
     tvm_version_ = top.Text("tvm_version");
     Table target = top.Sub("target");
-    target_ = target.Text("name");
     machine_ = target.Text("machine");
     device_ = target.Text("device");
     arch_ = target.Text("arch");
     if (device_ != "cpu" && device_ != "cuda") target.Wrong("unknown device");
-    for (const tvm::ffi::Any& feature : target.Items("cpu_features")) {
-      auto text_value = feature.as<tvm::ffi::String>();
-      if (!text_value.has_value()) target.Wrong("cpu_features is not a list of texts");
-      features_.emplace_back(text_value->data(), text_value->size());
-    }
     for (const tvm::ffi::Any& value : top.Items("inputs")) inputs_.push_back(ReadValue(Table(value, path.string())));
     for (const tvm::ffi::Any& value : top.Items("outputs")) outputs_.push_back(ReadValue(Table(value, path.string())));
     for (const tvm::ffi::Any& value : top.Items("parameters")) {
@@ -144,6 +154,24 @@ class Bundle {
       parameters_.push_back({table.Text("tensor"), table.Type(), ReadDims(table)});
     }
     ReadFiles(top.Sub("files"));
+    for (const tvm::ffi::Any& value : top.Items("variants")) variants_.push_back(ReadVariant(Table(value, path.string())));
+    if (variants_.empty()) top.Wrong("variants is empty");
+  }
+
+  Variant ReadVariant(const Table& table) const {
+    Variant variant{table.Text("target"), table.Text("library"), {}, {}};
+    if (files_.count(variant.library) == 0) table.Wrong("a needed file is not listed (got " + variant.library + ")");
+    for (const tvm::ffi::Any& feature : table.Items("cpu_features")) {
+      auto text = feature.as<tvm::ffi::String>();
+      if (!text.has_value()) table.Wrong("cpu_features is not a list of texts");
+      variant.features.emplace_back(text->data(), text->size());
+    }
+    for (const tvm::ffi::Any& value : table.Items("arguments")) {
+      uint64_t place = table.Integer(value, "an argument");
+      if (place >= parameters_.size()) table.Wrong("not a place in parameters (got " + std::to_string(place) + ")");
+      variant.arguments.push_back(place);
+    }
+    return variant;
   }
 
   void CheckSelfHash(std::string text, const fs::path& path) const {
@@ -198,9 +226,7 @@ class Bundle {
       Table entry(value, folder_.string());
       files_[name] = {entry.Text("sha256"), static_cast<uint64_t>(entry.Number("size"))};
     }
-    for (const char* name : {"module.so", "weights.safetensors"}) {
-      if (files_.count(name) == 0) table.Wrong(std::string("a needed file is not listed (got ") + name + ")");
-    }
+    if (files_.count("weights.safetensors") == 0) table.Wrong("a needed file is not listed (got weights.safetensors)");
   }
 
   // The files on disk and the files in the manifest must be the same.
@@ -236,20 +262,37 @@ class Bundle {
     }
   }
 
-  void CheckMachine() const {
-    std::string where = " [at " + folder_.string() + "] (got ";
-    std::string reason;
+  // Why this machine cannot run a variant; empty when it can.
+  std::string Lacks(const Variant& variant) const {
     if (machine_ != Machine::Architecture()) {
-      reason = target_ + " is for " + machine_ + ", this machine is " + Machine::Architecture();
+      return variant.target + " is for " + machine_ + ", this machine is " + Machine::Architecture();
     }
-    for (const std::string& feature : features_) {
-      if (!reason.empty()) break;
-      if (!Machine::Has(feature)) {
-        reason = target_ + " needs the processor feature " + feature + ", which this " + Machine::Architecture() +
-                 " processor lacks";
-      }
+    for (const std::string& feature : variant.features) {
+      if (Machine::Has(feature)) continue;
+      return variant.target + " needs the processor feature " + feature + ", which this " + Machine::Architecture() +
+             " processor lacks";
     }
-    if (!reason.empty()) throw Failure(kBundle, "this bundle is for another machine" + where + reason + ")");
+    return "";
+  }
+
+  // The first variant that this machine runs: the manifest lists the most demanding first.
+  void ChooseVariant(const std::string& wanted) {
+    std::string where = " [at " + folder_.string() + "] (got ", reason, there;
+    for (const Variant& variant : variants_) {
+      there += (there.empty() ? "" : ", ") + variant.Name();
+      if (!wanted.empty() && wanted != variant.Name() && wanted != variant.target) continue;
+      reason = Lacks(variant);
+      if (!reason.empty()) continue;
+      variant_ = variant;
+      return;
+    }
+    if (reason.empty()) throw Failure(kBundle, "the bundle has no such variant" + where + wanted + "); it has " + there);
+    std::string what = wanted.empty() ? "this bundle is for another machine" : "this machine cannot run the variant";
+    throw Failure(kBundle, what + where + reason + ")");
+  }
+
+  void CheckRuntime() const {
+    std::string where = " [at " + folder_.string() + "] (got ";
     if (tvm_version_ != KBITC_TVM_VERSION) {
       throw Failure(kBundle, "this bundle needs the runtime of apache-tvm " + tvm_version_ + where + "apache-tvm " +
                                  KBITC_TVM_VERSION + "); compile the model again, or use the kbitc-run beside it");
@@ -294,8 +337,9 @@ class Bundle {
   }
 
   fs::path folder_;
-  std::string tvm_version_, target_, machine_, device_, arch_;
-  std::vector<std::string> features_;
+  std::string tvm_version_, machine_, device_, arch_;
+  std::vector<Variant> variants_;
+  Variant variant_;
   std::vector<ValueInfo> inputs_, outputs_;
   std::vector<Parameter> parameters_;
   std::map<std::string, FileEntry> files_;

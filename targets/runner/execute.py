@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from kbitc.bundle.manifest import Described
 from kbitc.bundle.reader import read_manifest
-from kbitc.bundle.writer import write_bundle
+from kbitc.bundle.writer import Compiled, write_bundle
 from kbitc.errors import BundleError, CalibrationError, InternalError, KbitcError, ResourceError, UsageError
 from kbitc.targets import machine
 from kbitc.targets.runner.build import RUNNER, runner_folder
@@ -131,5 +131,5 @@ def run_library(
     """Run a compiled library that is in no bundle yet; arguments as for `write_bundle` and `run_bundle`."""
     with tempfile.TemporaryDirectory(prefix="kbitc-library-") as folder:
         bundle = Path(folder) / "library.kbit"
-        write_bundle(bundle, target, library, weights, inputs, outputs, kbitc_version="0", report={})
+        write_bundle(bundle, [Compiled(target, library, weights)], inputs, outputs, kbitc_version="0", report={})
         return run_bundle(bundle, feeds, threads=threads, repeat=repeat, cpu=cpu)

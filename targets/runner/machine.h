@@ -12,6 +12,8 @@
 
 #if defined(__aarch64__)
 #include <sys/auxv.h>
+#else
+#include <cpuid.h>
 #endif
 
 namespace kbitc {
@@ -54,7 +56,27 @@ struct Machine {
       }
       return found;
     }();
-    return known.count(feature) > 0;
+    return known.count(feature) > 0 && IsSaved(feature);
+  }
+
+  // Whether the operating system saves the registers of a feature: bits of XCR0 (Intel SDM, volume 1, 13.3).
+  static bool IsSaved(const std::string& feature) {
+    auto starts = [&](const char* head) { return feature.rfind(head, 0) == 0; };
+    constexpr uint64_t kVectors = 0x6, kWide = 0xe6, kTiles = 0x60000;
+    uint64_t needed = starts("amx") ? kTiles : starts("avx512") ? kWide : 0;
+    if (needed == 0 && (starts("avx") || starts("va") || starts("vp") || feature == "fma" || feature == "f16c")) {
+      needed = kVectors;
+    }
+    return (SavedRegisters() & needed) == needed;
+  }
+
+  // XCR0; 0 where the operating system has not enabled it.
+  static uint64_t SavedRegisters() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kOsxsave = 1u << 27;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsxsave) == 0) return 0;
+    asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return static_cast<uint64_t>(d) << 32 | a;
   }
 #endif
 

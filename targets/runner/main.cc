@@ -15,7 +15,7 @@ namespace {
 
 constexpr const char kUsageText[] =
     "usage: kbitc-run BUNDLE --input FEEDS [--output OUTS.npz] [--threads N] [--repeat N] [--warmup N]\n"
-    "                 [--device cpu|cuda] [--no-verify] [--json]\n"
+    "                 [--device cpu|cuda] [--variant NAME] [--no-verify] [--json]\n"
     "  BUNDLE      folder NAME.kbit\n"
     "  --input     .npz with one array for each input, or .npy for a model with one input\n"
     "  --output    write the outputs to this .npz\n"
@@ -23,12 +23,13 @@ constexpr const char kUsageText[] =
     "  --repeat    run N times and print the least and the median time\n"
     "  --warmup    runs before those that are timed (default: 1 with --repeat)\n"
     "  --device    refuse the bundle unless it is for this device\n"
+    "  --variant   the only variant that will do, such as avx2 (default: KBITC_VARIANT, else the best that runs here)\n"
     "  --no-verify skip the SHA-256 of the files (sizes and the manifest are always checked)\n"
     "  --json      print one JSON object on standard output\n"
     "exit codes: 0 done, 1 internal, 2 usage, 5 inputs do not fit, 7 input/output, 8 bundle refused\n";
 
 struct Options {
-  std::string bundle, input, output, device;
+  std::string bundle, input, output, device, variant;
   int threads = 0, repeat = 0, warmup = -1;
   bool verify = true, json = false;
 };
@@ -58,6 +59,7 @@ Options ParseOptions(int count, char** words) {
     if (word == "--input") options.input = value();
     else if (word == "--output") options.output = value();
     else if (word == "--device") options.device = value();
+    else if (word == "--variant") options.variant = value();
     else if (word == "--threads") options.threads = ParseCount(word, value(), 1);
     else if (word == "--repeat") options.repeat = ParseCount(word, value(), 1);
     else if (word == "--warmup") options.warmup = ParseCount(word, value(), 0);
@@ -72,6 +74,8 @@ Options ParseOptions(int count, char** words) {
   if (!options.device.empty() && options.device != "cpu" && options.device != "cuda") {
     throw Failure(kUsage, "unknown device (got '" + options.device + "'); cpu or cuda");
   }
+  const char* chosen = std::getenv("KBITC_VARIANT");
+  if (options.variant.empty() && chosen != nullptr) options.variant = chosen;
   return options;
 }
 
@@ -148,7 +152,7 @@ void Print(const Options& options, const Bundle& bundle, const NamedArrays& outp
          << ", \"min_ms\": " << times.least << ", \"median_ms\": " << times.median << "}\n";
   } else {
     for (const auto& [name, array] : outputs) text << name << " " << array.type->name << ShapeText(array.shape) << "\n";
-    text << "load " << times.load << " ms";
+    text << "ran " << bundle.target() << ": load " << times.load << " ms";
     if (options.repeat > 0) text << ", " << options.repeat << " runs: min " << times.least << " ms, median " << times.median << " ms";
     text << "\n";
   }
@@ -157,7 +161,7 @@ void Print(const Options& options, const Bundle& bundle, const NamedArrays& outp
 
 void Run(const Options& options) {
   auto start = std::chrono::steady_clock::now();
-  Bundle bundle(options.bundle, options.verify);
+  Bundle bundle(options.bundle, options.verify, options.variant);
   if (!options.device.empty() && options.device != bundle.device()) {
     throw Failure(kUsage, "the bundle is for " + bundle.target() + " (got --device " + options.device + ")");
   }

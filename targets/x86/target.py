@@ -17,9 +17,9 @@ AVX512VNNI = (*AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", 
 AVX512VBMI = (*AVX512VNNI, "avx512vbmi")
 
 
-def default_features() -> tuple[str, ...]:
-    """Plain ``x86`` is the variant that every x86-64 processor since 2015 runs."""
-    return ("avx2",)
+def bundled_features() -> tuple[tuple[str, ...], ...]:
+    """Plain ``x86`` is every variant, from the one that all x86-64 processors since 2015 run."""
+    return tuple((variant,) for variant in VARIANTS)
 
 
 def declare(features: tuple[str, ...]) -> Target:

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kbitc.bundle.manifest import FileEntry, Manifest, Parameter, TargetFacts, ValueInfo, parse_manifest
+from kbitc.bundle.manifest import FileEntry, Manifest, Parameter, TargetFacts, ValueInfo, Variant, parse_manifest
 from kbitc.errors import BundleError
 
 HASH = "0123456789abcdef" * 4
 MANIFEST = Manifest(
     kbitc_version="0.1.0",
     tvm_version="0.27",
-    target=TargetFacts("x86:avx2", "x86_64", "x86_64-linux-gnu", "cpu", ("avx2", "fma")),
+    target=TargetFacts("x86:avx2", "x86_64", "x86_64-linux-gnu", "cpu"),
+    variants=(Variant("x86:avx2", "module.so", ("avx2", "fma"), (0,)),),
     inputs=(ValueInfo("x:0", "float32", ("batch", 3, 0)), ValueInfo("größe", "int64", ())),
     outputs=(ValueInfo("y", "bool", ("batch",)),),
     parameters=(Parameter("w", "uint8", (2, 3), "w"),),
@@ -68,10 +69,10 @@ def test_forging_works() -> None:
     assert parse_manifest(forge(kbitc_version="9"), "here").kbitc_version == "9"
 
 
-@pytest.mark.parametrize("version", [0, 2, 99])
+@pytest.mark.parametrize("version", [0, 1, 99])
 def test_another_schema_version_is_named_before_anything_else(version: int) -> None:
-    data = MANIFEST.to_bytes().replace(b'"schema_version": 1', b'"schema_version": %d' % version)
-    with pytest.raises(BundleError, match=f"schema version 1 .*got version {version}"):
+    data = MANIFEST.to_bytes().replace(b'"schema_version": 2', b'"schema_version": %d' % version)
+    with pytest.raises(BundleError, match=f"schema version 2 .*got version {version}"):
         parse_manifest(data, "here")
 
 
@@ -88,6 +89,7 @@ def test_paths_that_leave_the_bundle_are_refused(path: str) -> None:
         parse_manifest(forge(files=files), "here")
 
 
+VARIANT = {"target": "x86:avx2", "library": "module.so", "cpu_features": [], "arguments": [0]}
 ENTRY = {"sha256": HASH, "size": 1}
 NEEDED = {"module.so": ENTRY, "weights.safetensors": ENTRY}
 
@@ -109,7 +111,12 @@ NEEDED = {"module.so": ENTRY, "weights.safetensors": ENTRY}
         ({"inputs": [{"name": "x", "dtype": "int8", "shape": [-1]}]}, "not a dimension"),
         ({"parameters": [{"name": "w", "dtype": "int8", "shape": ["n"], "tensor": "w"}]}, "not a dimension"),
         ({"parameters": [{"name": "w\0", "dtype": "int8", "shape": [], "tensor": "w"}]}, "name is not a text"),
-        ({"target": {"name": "x"}}, "cpu_features is not a list"),
+        ({"target": {"name": "x"}}, "machine is not a text"),
+        ({"variants": []}, "variants is empty"),
+        ({"variants": [VARIANT | {"cpu_features": [1]}]}, "cpu_features is not a list of texts"),
+        ({"variants": [VARIANT | {"library": "none.so"}]}, "a needed file is not listed .*none.so"),
+        ({"variants": [VARIANT | {"arguments": [1]}]}, "not a place in parameters"),
+        ({"variants": [VARIANT | {"arguments": [True]}]}, "not a place in parameters"),
         ({"plan": []}, "plan is not a table"),
     ],
 )

@@ -85,7 +85,7 @@ def test_another_machine_is_refused_naming_both_sides(compiled: tiny.Tiny, tmp_p
 
 
 def test_missing_processor_features_are_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tamper.forge(lambda raw: raw["target"].update(name="x86:avx512vnni", cpu_features=["avx2", "avx512_vnni"]))(bundle)
+    tamper.variant(target="x86:avx512vnni", cpu_features=["avx2", "avx512_vnni"])(bundle)
     monkeypatch.setattr(machine, "cpu_features", lambda: frozenset({"avx2"}))
     with pytest.raises(BundleError, match="x86:avx512vnni needs the processor features avx512_vnni"):
         load(bundle)

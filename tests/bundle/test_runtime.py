@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,9 +40,9 @@ def test_outputs_are_those_of_the_model(bundle: Path, compiled: tiny.Tiny, rows:
 def test_a_staged_or_built_module_runs_before_the_bundle_is_written(compiled: tiny.Tiny, tmp_path: Path) -> None:
     feeds = tiny.feeds()
     with stage(tmp_path / "a.kbit") as staging:
-        staging.write_library(compiled.library)
-        staging.write_weights(compiled.weights)
-        model = load_parts(staging.library, staging.weights, staging.parameters, tiny.INPUTS, tiny.OUTPUTS)
+        staging.write_variants([compiled])
+        library = staging.folder / staging.variants[0].library
+        model = load_parts(library, staging.weights, staging.parameters, tiny.INPUTS, tiny.OUTPUTS)
         assert_equal(model(feeds), compiled.expected(feeds["x"]))
     built = load_built(compiled.library, compiled.weights, tiny.INPUTS, tiny.OUTPUTS)
     assert_equal(built(feeds), compiled.expected(feeds["x"]))
@@ -243,10 +244,9 @@ def test_a_large_bundle_loads_at_once(compiled: tiny.Tiny, tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     weights = compiled.weights | {f"extra{i}": rng.integers(0, 256, 900_000, np.uint8) for i in range(100)}
     with stage(tmp_path / "big.kbit") as staging:
-        staging.write_library(compiled.library)
-        staging.write_weights(weights)
-        staging.parameters = staging.parameters[:2]
-        staging.commit(compiled.target, tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
+        staging.write_variants([replace(compiled, weights=weights)])
+        staging.variants = (replace(staging.variants[0], arguments=(0, 1)),)
+        staging.commit(tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
     code = (
         "import time; from kbitc.bundle.runtime import load; start = time.process_time()\n"
         f"load({str(tmp_path / 'big.kbit')!r}, verify=False); print(time.process_time() - start)"

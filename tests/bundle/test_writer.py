@@ -4,7 +4,6 @@ import errno
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kbitc.bundle import writer
@@ -51,8 +50,7 @@ def test_permissions_follow_the_umask(compiled: tiny.Tiny, tmp_path: Path) -> No
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, SystemExit, ValueError, MemoryError])
 def test_a_failure_leaves_nothing_behind(compiled: tiny.Tiny, tmp_path: Path, failure: type[BaseException]) -> None:
     with pytest.raises(failure), stage(tmp_path / "a.kbit") as staging:
-        staging.write_library(compiled.library)
-        staging.write_weights(compiled.weights)
+        staging.write_variants([compiled])
         assert len(list(tmp_path.iterdir())) == 1
         raise failure
     assert list(tmp_path.iterdir()) == []
@@ -139,10 +137,9 @@ def test_an_output_without_a_parent_folder_is_refused(tmp_path: Path) -> None:
 def test_an_output_that_appears_meanwhile_is_not_overwritten(compiled: tiny.Tiny, tmp_path: Path) -> None:
     out = tmp_path / "a.kbit"
     with pytest.raises(UsageError, match="exists"), stage(out) as staging:
-        staging.write_library(compiled.library)
-        staging.write_weights(compiled.weights)
+        staging.write_variants([compiled])
         out.write_text("mine")
-        staging.commit(compiled.target, tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
+        staging.commit(tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
     assert contents(tmp_path) == {"a.kbit": b"mine"}
 
 
@@ -160,8 +157,7 @@ def test_a_name_is_taken_once(tmp_path: Path) -> None:
 
 def test_a_manifest_that_cannot_be_read_back_is_not_written(compiled: tiny.Tiny, tmp_path: Path) -> None:
     with pytest.raises(InternalError, match="read back"), stage(tmp_path / "a.kbit") as staging:
-        staging.write_library(compiled.library)
-        staging.write_weights({"w": np.ones(3, np.float32)})
+        staging.write_variants([compiled])
         bad = tiny.ValueInfo("x", "bfloat16", (1,))
-        staging.commit(compiled.target, [bad], tiny.OUTPUTS, kbitc_version="0")
+        staging.commit([bad], tiny.OUTPUTS, kbitc_version="0")
     assert list(tmp_path.iterdir()) == []

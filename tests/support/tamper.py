@@ -128,6 +128,11 @@ def parameter(**change: Any) -> Callable[[Path], None]:
     return forge(lambda raw: raw["parameters"][0].update(change))
 
 
+def variant(**change: Any) -> Callable[[Path], None]:
+    """Say something else about the first variant."""
+    return forge(lambda raw: raw["variants"][0].update(change))
+
+
 WAYS: dict[str, Callable[[Path], None]] = {
     **{f"half of {name}": cut(name, 0.5) for name in FILES},
     **{f"nothing of {name}": cut(name, 0) for name in FILES},
@@ -139,11 +144,17 @@ WAYS: dict[str, Callable[[Path], None]] = {
     **{f"folder for {name}": folder(name) for name in FILES},
     **{f"added {name}": add(name) for name in ("extra", ".hidden", "lib/evil.so", "new/evil.so", "module.so.bak")},
     "link for lib": link_folder,
-    "schema version 2": forge(lambda raw: raw.update(schema_version=2)),
+    "schema version 1": forge(lambda raw: raw.update(schema_version=1)),
     "no schema version": forge(lambda raw: raw.pop("schema_version")),
     "another tvm": forge(lambda raw: raw.update(tvm_version="0.26.0")),
     "another machine": forge(lambda raw: raw["target"].update(machine="riscv64")),
-    "unknown feature": forge(lambda raw: raw["target"].update(cpu_features=["quantum"])),
+    "unknown feature": variant(cpu_features=["quantum"]),
+    "features as text": variant(cpu_features="avx2"),
+    "library that is not listed": variant(library="other.so"),
+    "library outside": variant(library="../outside"),
+    "argument that is none": variant(arguments=[0, 2]),
+    "argument before the first": variant(arguments=[0, -1]),
+    "no variants": forge(lambda raw: raw.update(variants=[])),
     "unknown device": forge(lambda raw: raw["target"].update(device="tpu")),
     "no weights listed": forge(lambda raw: raw["files"].pop("weights.safetensors")),
     "list as manifest": lambda bundle: (bundle / "manifest.json").write_text("[]") and None,

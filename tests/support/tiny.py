@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kbitc.bundle.manifest import ValueInfo
-from kbitc.bundle.writer import write_bundle
+from kbitc.bundle.writer import Compiled, write_bundle
 from kbitc.targets.link import export_library
-from kbitc.targets.target import Target, parse_target
+from kbitc.targets.target import parse_target
 
 K, N = 8, 16
 INPUTS = (ValueInfo("x", "float32", ("n", K)),)
@@ -21,25 +22,24 @@ OUTPUTS = (ValueInfo("y", "float32", ("n", N)), ValueInfo("z", "float32", ("n", 
 
 
 @dataclass(frozen=True)
-class Tiny:
+class Tiny(Compiled):
     """A compiled tiny model and its weights."""
 
-    target: Target
-    library: bytes
-    weights: dict[str, npt.NDArray[Any]]
     negated: bool = False
 
     def write(self, out: Path, **options: Any) -> Path:
         """Write it as a bundle."""
-        report = {"tiny": True}
-        write_bundle(
-            out, self.target, self.library, self.weights, INPUTS, OUTPUTS, kbitc_version="0", report=report, **options
-        )
-        return out
+        return write([self], out, **options)
 
     def expected(self, x: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """Outputs for x f32 [n, K] of small integers, exact."""
         return expected(x, self.negated)
+
+
+def write(made: Sequence[Compiled], out: Path, **options: Any) -> Path:
+    """Write variants of the tiny model as a bundle."""
+    write_bundle(out, made, INPUTS, OUTPUTS, kbitc_version="0", report={"tiny": True}, **options)
+    return out
 
 
 def feeds(rows: int = 5) -> dict[str, npt.NDArray[Any]]:

@@ -128,6 +128,43 @@ def test_plain_cuda_is_the_gpu_at_hand(pretend, gpu, name) -> None:
     assert parse_target("cuda").name == name
 
 
+@pytest.mark.parametrize(
+    ("inactive", "lost"),
+    [
+        ((0, 2, 28), {"avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni"}),
+        ((1, 1, 16), {"avx512f", "avx512_vnni"}),
+        ((1, 3, 24), {"amx_tile", "amx_int8"}),
+    ],
+)
+def test_features_whose_registers_are_not_saved_cannot_be_used(inactive: tuple[int, int, int], lost: set[str]) -> None:
+    features = frozenset("sse2 bmi2 popcnt avx avx2 fma f16c avx512f avx512_vnni amx_tile amx_int8".split())
+    number, register, bit = inactive
+
+    def leaf(asked: int) -> tuple[int, ...]:
+        bits = [0xFFFFFFFF] * 4
+        if asked == number:
+            bits[register] ^= 1 << bit
+        return tuple(bits)
+
+    assert machine.usable(features, leaf) == features - lost
+    assert machine.usable(features, lambda asked: None) == features
+
+
+def test_plain_x86_is_every_variant() -> None:
+    """The first runs wherever another does: a bundle is chosen by going from the last to the first."""
+    every = targets.parse_targets("x86")
+    assert [item.name for item in every] == ["x86:avx2", "x86:avx512vnni", "x86:avx512vbmi"]
+    for narrow, wide in zip(every, every[1:], strict=False):
+        assert set(narrow.cpu_features) < set(wide.cpu_features)
+    assert targets.bundle_name(every) == "x86"
+
+
+@pytest.mark.parametrize("text", ["host", "x86:avx2", "arm-neon", "cuda", "reference"])
+def test_other_targets_are_one(text: str) -> None:
+    assert targets.parse_targets(text) == (parse_target(text),)
+    assert targets.bundle_name(targets.parse_targets(text)) == parse_target(text).name
+
+
 def test_cpuinfo_features_are_those_of_every_processor() -> None:
     x86 = "processor\t: 0\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu avx2\n"
     assert machine.parse_cpuinfo(x86) == {"fpu", "avx2"}

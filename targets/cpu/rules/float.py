@@ -96,10 +96,10 @@ class FloatBatchProduct:
             )
             return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
         if contraction.transpose_b:
-            *lead, columns, channels = b_shape
+            *outer, columns, channels = b_shape
             key = ("transposed", repr(b_shape), repr(registers))
-            swap = cached(ctx, key, lambda: make_transposed(lead, columns, channels, registers, "transposed"))
-            b_shape = (*lead, channels, columns)
+            swap = cached(ctx, key, lambda: make_transposed(outer, columns, channels, registers, "transposed"))
+            b_shape = (*outer, channels, columns)
             b = ctx.call(swap, "transposed", [b], [(b_shape, "float32")])
         spec = BatchSpec(tuple(a_lead), tuple(b_shape[:-2]), contraction.out_shape[:-2], rows, channels, b_shape[-1])
         name = "float_batch_product"

@@ -11,6 +11,7 @@ from tvm import tirx
 from kbitc.targets.lower import attributes, dims, dtypes, known
 from kbitc.targets.lower.attributes import axis_of, known_dims
 from kbitc.targets.lower.context import Context, number
+from kbitc.targets.lower.contraction import Dim
 from kbitc.targets.lower.group import Group
 from kbitc.targets.lower.ops.movement import filled
 from kbitc.targets.lower.unsupported import refuse
@@ -44,7 +45,7 @@ def constant_of_shape(ctx: Context, node: ir.Node) -> Value:
 
 
 def range_(ctx: Context, node: ir.Node) -> Value:
-    """Range whose ends are known up to symbolic dimensions; floats must be whole numbers, as sizes cast to float are."""
+    """Range whose ends are known up to symbolic dimensions; floats must be whole numbers, as cast sizes are."""
     start, limit, step = (attributes.known(ctx, node, index, "the ends of a Range") for index in range(3))
     if start is None or limit is None or step is None:
         raise refuse(node, "Range needs three inputs", remedy="repair the model")

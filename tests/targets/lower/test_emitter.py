@@ -174,7 +174,7 @@ def test_the_table_of_lowerable_operators_agrees_with_the_emitters() -> None:
 @pytest.mark.parametrize("end", [10**9, 2**31 - 1, 2**63 - 1])
 def test_a_slice_to_the_end_keeps_a_symbolic_dimension(end: int) -> None:
     """A bound such as min(2147483647, n) would make the memory plan reserve for 2147483647 rows."""
-    text = f"g (float[n, 4] x) => (float[m, 4] y) {{ z = Abs(x)\n y = Slice(z, zero, end, zero, one) }}"
+    text = "g (float[n, 4] x) => (float[m, 4] y) { z = Abs(x)\n y = Slice(z, zero, end, zero, one) }"
     body = f"<int64[1] zero = {{0}}, int64[1] one = {{1}}, int64[1] end = {{{end}}}> {{"
     lowered = run_of(model_of(text.replace("{", body, 1))).lowered
     assert [signature.shape for signature in lowered.outputs] == [("n", 4)]

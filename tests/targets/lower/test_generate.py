@@ -11,7 +11,8 @@ from tests.support.lowered import model_of, run_of
 
 def anchors(step: str) -> str:
     """The grid of a detector: a Range over a size that was cast to float."""
-    return f"""g (float[n, s] x) => (float[m] y) <int64[1] zero = {{0}}, float start = {{0}}, float step = {{{step}}}> {{
+    return f"""g (float[n, s] x) => (float[m] y)
+        <int64[1] zero = {{0}}, float start = {{0}}, float step = {{{step}}}> {{
         shape = Shape<start = 1, end = 2>(x)
         size = Squeeze(shape, zero)
         wide = Cast<to = 1>(size)

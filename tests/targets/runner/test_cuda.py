@@ -22,7 +22,7 @@ from tests.targets.cuda.emulator.emulator import Emulator, lacks
 def run_tiny(folder: str, rows: int) -> dict[str, npt.NDArray[Any]]:
     """In the emulator's process: compile the tiny model for cuda, stage a bundle, run it twice from there."""
     from kbitc.bundle.runtime import load_parts
-    from kbitc.bundle.writer import stage
+    from kbitc.bundle.writer import Compiled, stage
     from kbitc.targets.build import compile_module
     from kbitc.targets.rules.base import schedule
     from kbitc.targets.target import parse_target
@@ -31,14 +31,13 @@ def run_tiny(folder: str, rows: int) -> dict[str, npt.NDArray[Any]]:
     module, _ = schedule(tiny.module(), target, target.schedule_rules())
     library = compile_module(module, target)
     with stage(Path(folder) / "a.kbit") as staging:
-        staging.write_library(library)
-        staging.write_weights(tiny.weights())
+        staging.write_variants([Compiled(target, library, tiny.weights())])
         model = load_parts(
-            staging.library, staging.weights, staging.parameters, tiny.INPUTS, tiny.OUTPUTS, device="cuda"
+            staging.folder / "module.so", staging.weights, staging.parameters, tiny.INPUTS, tiny.OUTPUTS, device="cuda"
         )
         model(tiny.feeds(rows + 1))
         outputs = model(tiny.feeds(rows))
-        staging.commit(target, tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
+        staging.commit(tiny.INPUTS, tiny.OUTPUTS, kbitc_version="0")
     return outputs
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kbitc.bundle.manifest import ValueInfo
-from kbitc.bundle.writer import write_bundle
+from kbitc.bundle.writer import Compiled, write_bundle
 from kbitc.targets import machine
 from kbitc.targets.link import export_library
 from kbitc.targets.runner.build import runner_folder
@@ -55,7 +55,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = export_library(relax.build(builder.get(), tvm.target.Target(target.tvm)), target)
     out = tmp_path_factory.mktemp("echo") / "echo.kbit"
     outputs = [ValueInfo(f"out/{value.name}", value.dtype, value.shape) for value in VALUES]
-    write_bundle(out, target, library, {}, VALUES, outputs, kbitc_version="0", report={})
+    write_bundle(out, [Compiled(target, library, {})], VALUES, outputs, kbitc_version="0", report={})
     return out
 
 

@@ -11,13 +11,18 @@ from collections.abc import Iterable
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
-from kbitc.graph import integer_functions, integer_nonlinear
+from kbitc.graph import integer_functions, integer_nonlinear, integer_reduce
+from kbitc.graph.shapes import infer_shapes
 
 DOMAIN = "kbitc"
 DYNAMIC_QUANTIZE = "DynamicQuantize"
 DEQUANTIZE = "DequantizeKBit"
 UNPACK = "UnpackKBit"
+
+#: Functions without a kernel.
+PLAIN = frozenset((*integer_reduce.BODIES, integer_nonlinear.EXP))
 
 # Keeps 127 / amax finite when a block is all zero or denormal.
 MIN_AMAX = 1e-30
@@ -143,7 +148,7 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         names: function names of this domain; those that call others bring them along.
         opset: ONNX operator set version of the bodies.
     """
-    bodies = _BODIES | integer_functions.BODIES | integer_nonlinear.BODIES
+    bodies = _BODIES | integer_functions.BODIES | integer_nonlinear.BODIES | integer_reduce.BODIES
     wanted = set(names)
     for name in tuple(wanted):
         wanted.update(_CALLS.get(name, ()))
@@ -154,6 +159,19 @@ def add_functions(model: ir.Model, names: Iterable[str], opset: int) -> None:
         model.functions[function.identifier()] = function
     if wanted:
         model.opset_imports[DOMAIN] = 1
+
+
+def inline_plain(model: ir.Model) -> ir.Model:
+    """Put the bodies of those functions in place that have no kernel of their own; changes the model.
+
+    They are the ones of `integer_reduce` and IntegerExp: few numbers, computed by standard integer operators.
+    """
+    if not any(node.domain == DOMAIN and node.op_type in PLAIN for node in model.graph):
+        return model
+    InlinePass(criteria=lambda function: function.domain == DOMAIN and function.name in PLAIN)(model)
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    infer_shapes(model)
+    return model
 
 
 def rounds_floats(model: ir.Model) -> bool:

@@ -1,9 +1,7 @@
 """Model-local ONNX functions of integer graphs, and what they mean in numpy.
 
-All arithmetic is on integers, so every runtime and every target must give the same numbers. ONNX has no arithmetic
-shift of signed integers: the bodies add an offset that makes the sum positive, shift that as an unsigned number, and
-subtract the shifted offset, which is floor(x / 2^shift) exactly. They limit int64 by Less and Where: Clip, Min and Max
-of onnxruntime 1.31 are wrong for int64 numbers in [2^31, 2^32).
+All arithmetic is on integers, so every runtime and every target must give the same numbers. Bodies limit int64 by Less
+and Where: Clip, Min and Max of onnxruntime 1.31 are wrong for int64 numbers in [2^31, 2^32).
 
 The one rounding rule: a product is divided by 2^shift rounding half up, floor((x + 2^(shift - 1)) / 2^shift).
 """
@@ -15,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kbitc.graph import integer_text as text
 from kbitc.quant.packing import unpack_dense
 
 REQUANTIZE = "Requantize"
@@ -38,98 +37,54 @@ CALLS: dict[str, tuple[str, ...]] = {LEVELS: ("UnpackKBit",), BLOCK_LEVELS: ("Un
 
 BODIES = {
     # acc i32, multiplier i32 [1] or [N] along axis >= 0, shift i32 likewise, zero i32 scalar -> u8 like acc.
-    REQUANTIZE: """
-<domain: "kbitc", opset_import: ["" : {opset}]>
-Requantize <axis, low, high> (acc, multiplier, shift, zero) => (Y) {{
-    one = Constant<value_ints = [1]>()
-    minus = Constant<value_ints = [-1]>()
-    end = Constant<value_ints = [1000]>()
-    axis0 = Constant<value_int: int = @axis>()
-    after = Add(axis0, one)
-    dims = Shape(acc)
-    behind = Slice(dims, after, end)
-    behind_rank = Shape(behind)
-    ones = ConstantOfShape<value = int64[1] {{1}}>(behind_rank)
-    channel_shape = Concat<axis = 0>(minus, ones)
-    multiplier1 = Reshape(multiplier, channel_shape)
-    shift1 = Reshape(shift, channel_shape)
-    wide = Cast<to = 7>(acc)
-    multiplier2 = Cast<to = 7>(multiplier1)
-    product = Mul(wide, multiplier2)
-    offset = Constant<value = int64 {{4611686018427387904}}>()
-    raised = Add(product, offset)
-    raised_u = Cast<to = 13>(raised)
-    shift2 = Cast<to = 13>(shift1)
-    unit = Constant<value = uint64 {{1}}>()
-    half_shift = Sub(shift2, unit)
-    half = BitShift<direction = "LEFT">(unit, half_shift)
-    rounded = Add(raised_u, half)
-    shifted_u = BitShift<direction = "RIGHT">(rounded, shift2)
-    shifted = Cast<to = 7>(shifted_u)
-    offset_u = Cast<to = 13>(offset)
-    lowered_u = BitShift<direction = "RIGHT">(offset_u, shift2)
-    lowered = Cast<to = 7>(lowered_u)
-    quotient = Sub(shifted, lowered)
-    zero1 = Cast<to = 7>(zero)
-    moved = Add(quotient, zero1)
-    low0 = Constant<value_int: int = @low>()
-    high0 = Constant<value_int: int = @high>()
-    is_low = Less(moved, low0)
-    floored = Where(is_low, low0, moved)
-    is_high = Less(high0, floored)
-    clipped = Where(is_high, high0, floored)
-    Y = Cast<to = 2>(clipped)
-}}""",
+    REQUANTIZE: text.function(
+        "Requantize <axis, low, high> (acc, multiplier, shift, zero)",
+        text.PER_CHANNEL,
+        text.shifted("product", "shift1", "quotient"),
+        """
+        zero1 = Cast<to = 7>(zero)
+        moved = Add(quotient, zero1)""",
+        text.LIMITS,
+        text.limited("moved", "low", "high", "clipped"),
+        "Y = Cast<to = 2>(clipped)",
+    ),
     # a u8, b u8 (broadcast); a_zero, b_zero, a_mult, b_mult, shift, zero i32 scalars -> u8.
-    INTEGER_ADD: """
-<domain: "kbitc", opset_import: ["" : {opset}]>
-IntegerAdd <low, high> (a, b, a_zero, b_zero, a_mult, b_mult, shift, zero) => (Y) {{
-    a1 = Cast<to = 6>(a)
-    b1 = Cast<to = 6>(b)
-    a2 = Sub(a1, a_zero)
-    b2 = Sub(b1, b_zero)
-    a3 = Mul(a2, a_mult)
-    b3 = Mul(b2, b_mult)
-    sum = Add(a3, b3)
-    offset = Constant<value = int32 {{1073741824}}>()
-    raised = Add(sum, offset)
-    raised_u = Cast<to = 12>(raised)
-    shift_u = Cast<to = 12>(shift)
-    unit = Constant<value = uint32 {{1}}>()
-    half_shift = Sub(shift_u, unit)
-    half = BitShift<direction = "LEFT">(unit, half_shift)
-    rounded = Add(raised_u, half)
-    shifted_u = BitShift<direction = "RIGHT">(rounded, shift_u)
-    shifted = Cast<to = 6>(shifted_u)
-    offset_u = Cast<to = 12>(offset)
-    lowered_u = BitShift<direction = "RIGHT">(offset_u, shift_u)
-    lowered = Cast<to = 6>(lowered_u)
-    quotient = Sub(shifted, lowered)
-    moved = Add(quotient, zero)
-    low0 = Constant<value_int: int = @low>()
-    low1 = Cast<to = 6>(low0)
-    high0 = Constant<value_int: int = @high>()
-    high1 = Cast<to = 6>(high0)
-    clipped = Clip(moved, low1, high1)
-    Y = Cast<to = 2>(clipped)
-}}""",
+    INTEGER_ADD: text.function(
+        "IntegerAdd <low, high> (a, b, a_zero, b_zero, a_mult, b_mult, shift, zero)",
+        """
+        a1 = Cast<to = 6>(a)
+        b1 = Cast<to = 6>(b)
+        a2 = Sub(a1, a_zero)
+        b2 = Sub(b1, b_zero)
+        a3 = Mul(a2, a_mult)
+        b3 = Mul(b2, b_mult)
+        sum = Add(a3, b3)""",
+        text.shifted("sum", "shift", "quotient", 32),
+        "moved = Add(quotient, zero)",
+        text.LIMITS,
+        """
+        low1 = Cast<to = 6>(low)
+        high1 = Cast<to = 6>(high)
+        clipped = Clip(moved, low1, high1)
+        Y = Cast<to = 2>(clipped)""",
+    ),
     # a u8, b u8 (broadcast), a_zero, b_zero i32 scalars -> i32.
-    INTEGER_MUL: """
-<domain: "kbitc", opset_import: ["" : {opset}]>
-IntegerMul (a, b, a_zero, b_zero) => (Y) {{
-    a1 = Cast<to = 6>(a)
-    b1 = Cast<to = 6>(b)
-    a2 = Sub(a1, a_zero)
-    b2 = Sub(b1, b_zero)
-    Y = Mul(a2, b2)
-}}""",
+    INTEGER_MUL: text.function(
+        "IntegerMul (a, b, a_zero, b_zero)",
+        """
+        a1 = Cast<to = 6>(a)
+        b1 = Cast<to = 6>(b)
+        a2 = Sub(a1, a_zero)
+        b2 = Sub(b1, b_zero)
+        Y = Mul(a2, b2)""",
+    ),
     # q u8 of any shape, table u8 [256] -> u8.
-    TABLE: """
-<domain: "kbitc", opset_import: ["" : {opset}]>
-Table (q, table) => (Y) {{
-    index = Cast<to = 6>(q)
-    Y = Gather(table, index)
-}}""",
+    TABLE: text.function(
+        "Table (q, table)",
+        """
+        index = Cast<to = 6>(q)
+        Y = Gather(table, index)""",
+    ),
     # stream u8, grid i8 [2^bits], shape i64 [3] = N, T, C -> i8 [N, T, C].
     LEVELS: """
 <domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from tvm import relax
 
 from kbitc.errors import InternalError, KbitcError, UnsupportedError
+from kbitc.graph import functions
 from kbitc.graph.edit import describe
 from kbitc.graph.evaluate import run_node
 from kbitc.targets.lower import dims, dtypes, known
@@ -84,7 +85,7 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     Raises:
         UnsupportedError: names every node that cannot be emitted.
     """
-    model = to_channels_last(model.clone())
+    model = to_channels_last(functions.inline_plain(model.clone()))
     ctx = Context(target, debug_accumulators=debug_accumulators)
     with ctx.builder.function("main"):
         inputs = _bind_inputs(ctx, model.graph)

@@ -18,14 +18,15 @@ from kbitc.graph.integer_functions import fixed_point
 Array = npt.NDArray[Any]
 
 
-def _call(name: str, dtype: ir.DataType, *inputs: Array, **attributes: int) -> Array:
+def call(name: str, dtype: ir.DataType, *inputs: Array, **attributes: int) -> Array:
     values = [
         ir.Value(name=f"x{i}", type=ir.TensorType(ir.DataType.from_numpy(array.dtype)), shape=ir.Shape(array.shape))
         for i, array in enumerate(inputs)
     ]
     node = ir.node(name, values, attributes=attributes, domain=functions.DOMAIN, name="call")
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(dtype)
-    node.outputs[0].shape = ir.Shape(inputs[0].shape)
+    rank = inputs[0].ndim if attributes.get("keepdims", 1) else inputs[0].ndim - inputs[1].size
+    node.outputs[0].shape = ir.Shape([None] * rank)
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=10)
     functions.add_functions(model, [name], 21)
@@ -33,7 +34,7 @@ def _call(name: str, dtype: ir.DataType, *inputs: Array, **attributes: int) -> A
     return evaluate(model, {f"x{i}": array for i, array in enumerate(inputs)})["y"]
 
 
-def _scalar(number: int) -> Array:
+def scalar(number: int) -> Array:
     return np.array(number, np.int32)
 
 
@@ -44,7 +45,7 @@ def test_rescale(shift: int) -> None:
     for multiplier in (np.array([(1 << 31) - 1], np.int32), np.array([1 << 30, (1 << 31) - 1], np.int32)):
         arguments = (acc, multiplier, np.full(multiplier.shape, shift, np.int32))
         for limit in (1 << 17, (1 << 31) - 1):
-            found = _call("Rescale", ir.DataType.INT32, *arguments, axis=0, low=-limit, high=limit)
+            found = call("Rescale", ir.DataType.INT32, *arguments, axis=0, low=-limit, high=limit)
             np.testing.assert_array_equal(found, integer.rescale(*arguments, axis=0, low=-limit, high=limit))
 
 
@@ -56,9 +57,7 @@ def test_softmax(scale: float, axis: int) -> None:
     x[0, 0] = np.iinfo(np.int32).min // 2
     x[1] = x[1, 0, 0]
     multiplier, shift = fixed_point(scale * np.log2(np.e) * 256)
-    found = _call(
-        "IntegerSoftmax", ir.DataType.UINT8, x, _scalar(multiplier), _scalar(shift), integer.powers(), axis=axis
-    )
+    found = call("IntegerSoftmax", ir.DataType.UINT8, x, scalar(multiplier), scalar(shift), integer.powers(), axis=axis)
     np.testing.assert_array_equal(found, integer.softmax(x, multiplier, shift, axis))
     real = np.exp(scale * (x.astype(np.float64) - x.max(axis=axis, keepdims=True)))
     real /= real.sum(axis=axis, keepdims=True)
@@ -79,7 +78,7 @@ def test_layer_norm(channels: int) -> None:
     gain, bias = rng.integers(-(1 << 31) + 1, 1 << 31, channels), rng.integers(-(1 << 20), 1 << 20, channels)
     for epsilon, shift in ((1, 31), (1 << 20, 40)):
         arguments = (x, gain.astype(np.int32), bias.astype(np.int32))
-        found = _call("IntegerLayerNorm", ir.DataType.INT32, *arguments, np.array(epsilon), _scalar(shift))
+        found = call("IntegerLayerNorm", ir.DataType.INT32, *arguments, np.array(epsilon), scalar(shift))
         np.testing.assert_array_equal(found, integer.layer_norm(*arguments, epsilon, shift))
 
 

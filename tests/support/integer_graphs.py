@@ -18,7 +18,9 @@ Array = npt.NDArray[Any]
 OPSET = 21
 TYPES = {
     **dict.fromkeys(("Requantize", "IntegerAdd", "Table", "IntegerSoftmax"), ir.DataType.UINT8),
-    **dict.fromkeys(("IntegerMul", "Rescale", "IntegerLayerNorm"), ir.DataType.INT32),
+    **dict.fromkeys(("IntegerMul", "Rescale", "IntegerLayerNorm", "IntegerRMSNorm"), ir.DataType.INT32),
+    **dict.fromkeys(("IntegerExp", "IntegerSum", "IntegerQuotient"), ir.DataType.INT32),
+    **dict.fromkeys(("IntegerReduceL2", "IntegerSqrt"), ir.DataType.INT32),
     **dict.fromkeys(("LevelsKBit", "BlockLevelsKBit"), ir.DataType.INT8),
 }
 

@@ -1,4 +1,4 @@
-"""Rescale, IntegerSoftmax and IntegerLayerNorm: the functions of `kbitc.graph.integer_nonlinear`.
+"""Rescale, IntegerSoftmax, IntegerLayerNorm and IntegerRMSNorm: the functions of `kbitc.graph.integer_nonlinear`.
 
 All in int64, by the very steps of the function bodies, on matrices [rows, columns] whose rows belong together. Where
 a body lifts a number to keep it positive before a shift, here the shift is arithmetic, which gives the same floor.
@@ -18,13 +18,14 @@ from kbitc.graph.integer_nonlinear import (
     FRACTION_BITS,
     LAYER_NORM,
     MAX_EXPONENT,
-    NORM_BITS,
     PROBABILITY_STEPS,
     RATIO_BITS,
     RESCALE,
+    RMS_NORM,
     SOFTMAX,
     VARIANCE_BITS,
 )
+from kbitc.graph.integer_text import DIGITS, NEWTON_STEPS
 from kbitc.targets.lower import attributes, dims
 from kbitc.targets.lower.attributes import axis_of
 from kbitc.targets.lower.context import Context, node_name
@@ -36,8 +37,6 @@ from kbitc.targets.lower.values import Constant, Expr, Index, Lazy, Tensor, Valu
 from kbitc.targets.reference.integer import requantized
 
 Emit = Callable[[Context, ir.Node], Any]
-NEWTON_STEPS = 6
-DIGITS = 31  # base-4 digits of numbers below 2^62
 
 
 def _i64(value: int | Expr) -> Expr:
@@ -119,33 +118,37 @@ def _softmax_rows(ctx: Context, x: Tensor, powers: Any, multiplier: int, shift: 
 
 def layer_norm(ctx: Context, node: ir.Node) -> Value:
     """kbitc::IntegerLayerNorm along the last axis, int32."""
+    return _norm(ctx, node, (1, 2), (3, 4))
+
+
+def rms_norm(ctx: Context, node: ir.Node) -> Value:
+    """kbitc::IntegerRMSNorm along the last axis, int32."""
+    return _norm(ctx, node, (1,), (2, 3))
+
+
+def _norm(ctx: Context, node: ir.Node, vectors: tuple[int, ...], scalars: tuple[int, int]) -> Value:
+    """vectors: inputs with a number a channel, gain and bias. scalars: epsilon and shift."""
     source = attributes.value(ctx, node, 0)
-    gain, bias = (attributes.value(ctx, node, index) for index in (1, 2))
-    epsilon, shift = (int(_numbers(node, index).reshape(-1)[0]) for index in (3, 4))
-    if not isinstance(gain, Constant) or not isinstance(bias, Constant):
+    held = [attributes.value(ctx, node, index) for index in vectors]
+    epsilon, shift = (int(_numbers(node, index).reshape(-1)[0]) for index in scalars)
+    if not all(isinstance(vector, Constant) for vector in held):
         raise refuse(node, "gain and bias must be constants", remedy="quantize the model again")
-    x = _matrix(ctx, source)
-    made = _norm_rows(ctx, x, (ctx.var(gain), ctx.var(bias)), epsilon, shift)
+    made = _norm_rows(ctx, _matrix(ctx, source), [ctx.var(vector) for vector in held], epsilon, shift)
     return ctx.reshape(made, source.shape)
 
 
-def _norm_rows(ctx: Context, x: Tensor, vectors: tuple[Any, Any], epsilon: int, shift: int) -> Tensor:
+def _norm_rows(ctx: Context, x: Tensor, vectors: Sequence[Any], epsilon: int, shift: int) -> Tensor:
+    """Numbers less their mean when there is a bias beside the gain; over the root of their mean square."""
     rows, columns = x.shape
     count = dims.expression(columns)
 
     def build(group: Group) -> list[TeTensor]:
-        k, j = (te.reduce_axis((0, count), name) for name in "kj")
-        total = te.compute((rows,), lambda r: te.sum(_i64(group.read(x.var, [r, k.var])), axis=k), name="row_sum")
-        reach = _i64(1 << (NORM_BITS + 1))
+        j = te.reduce_axis((0, count), "j")
 
-        def mean(row: Index) -> Expr:
-            raised = (total(row) + count * reach) * _i64(2) + count
-            return tirx.truncdiv(raised, count * _i64(2)) - reach
+        def number(row: Index, column: Index) -> Expr:
+            return _i64(group.read(x.var, [row, column]))
 
-        means = te.compute((rows,), mean, name="row_mean")
-        apart = te.compute(
-            (rows, columns), lambda r, c: _i64(group.read(x.var, [r, c])) - means(r), name="row_difference"
-        )
+        apart = _centred(rows, columns, number) if len(vectors) > 1 else number
         energy = te.compute(
             (rows,), lambda r: te.sum(apart(r, j.var) * apart(r, j.var), axis=j), name="row_square"
         )  # fmt: skip
@@ -159,14 +162,27 @@ def _norm_rows(ctx: Context, x: Tensor, vectors: tuple[Any, Any], epsilon: int, 
         def result(indices: Sequence[Index]) -> Expr:
             row, column = indices
             fine = apart(row, column) * _i64(1 << (RATIO_BITS + VARIANCE_BITS // 2 + 1))
+            # |ratio| < 2^24: lifted by so much, the division cuts a positive number.
             lifted = fine + root(row) * _i64(1 << 25) + root(row)
             ratio = tirx.truncdiv(lifted, root(row) * _i64(2)) - _i64(1 << 24)
-            gain, bias = (_i64(group.read(vector, [column])) for vector in vectors)
-            return tirx.Cast("int32", ((ratio * gain + _i64(1 << (shift - 1))) >> _i64(shift)) + bias)
+            gain, *bias = (_i64(group.read(vector, [column])) for vector in vectors)
+            scaled = (ratio * gain + _i64(1 << (shift - 1))) >> _i64(shift)
+            return tirx.Cast("int32", sum(bias, scaled))
 
         return [compute((rows, columns), result, "row_result")]
 
-    return ctx.kernel("integer_layer_norm", [((rows, columns), "int32")], build, kind="rows")[0]
+    return ctx.kernel("integer_norm", [((rows, columns), "int32")], build, kind="rows")[0]
+
+
+def _centred(rows: Any, columns: Any, number: Callable[[Index, Index], Expr]) -> TeTensor:
+    """Numbers less their mean, rounded half up."""
+    count = dims.expression(columns)
+    k = te.reduce_axis((0, count), "k")
+    total = te.compute((rows,), lambda r: te.sum(number(r, k.var), axis=k), name="row_sum")
+    means = te.compute(
+        (rows,), lambda r: tirx.floordiv(total(r) * _i64(2) + count, count * _i64(2)), name="row_mean"
+    )  # fmt: skip
+    return te.compute((rows, columns), lambda r, c: number(r, c) - means(r), name="row_difference")
 
 
 def _square_root(rows: Any, numbers: TeTensor) -> TeTensor:
@@ -194,4 +210,4 @@ def _newton(rows: Any, numbers: TeTensor, root: TeTensor, name: str) -> TeTensor
 
 
 TABLE: dict[str, Emit] = {}
-FUNCTION_TABLE: dict[str, Emit] = {RESCALE: rescale, SOFTMAX: softmax, LAYER_NORM: layer_norm}
+FUNCTION_TABLE: dict[str, Emit] = {RESCALE: rescale, SOFTMAX: softmax, LAYER_NORM: layer_norm, RMS_NORM: rms_norm}

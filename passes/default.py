@@ -14,6 +14,7 @@ from kbitc.passes.canonicalize.fold_shapes import FoldShapes
 from kbitc.passes.canonicalize.fuse_gelu import FuseGelu
 from kbitc.passes.canonicalize.fuse_hard_swish import FuseHardSwish
 from kbitc.passes.canonicalize.fuse_layer_norm import FuseLayerNorm
+from kbitc.passes.canonicalize.fuse_moments import FuseMoments
 from kbitc.passes.canonicalize.fuse_softmax import FuseSoftmax
 from kbitc.passes.canonicalize.gemm_to_matmul import GemmToMatMul
 from kbitc.passes.canonicalize.if_to_where import IfToWhere
@@ -59,6 +60,7 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     FuseHardSwish(),
     FuseGelu(),
     FuseLayerNorm(),
+    FuseMoments(),
     FuseSoftmax(),
     PowToMul(),
     FoldAffine(),

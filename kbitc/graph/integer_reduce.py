@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kbitc.graph import integer_text as text
-from kbitc.graph.integer_nonlinear import square_root
+from kbitc.graph.integer_nonlinear import NORM_BITS, square_root
 
 SUM = "IntegerSum"
 QUOTIENT = "IntegerQuotient"
@@ -22,8 +22,13 @@ SQRT = "IntegerSqrt"
 
 #: |numerator| < 2^31 and factors up to 2^30 stay below 2^61.
 MAX_FACTOR_BITS = 30
-#: n 2^(2 * NORM_BITS) factor < 2^60 under a root: its result is below 2^30.
+#: n 2^(2 * NORM_BITS) factor <= 2^60 under a root: its result is at most 2^30.
 ROOT_BITS = 60
+
+#: What is left of a sum or quotient: two of them add up in int32.
+WIDE_LIMIT = 1 << 29
+#: Fraction bits of a mean whose count is known at run time.
+MEAN_BITS = 14
 
 IntArray = npt.NDArray[np.integer[Any]]
 Int64 = npt.NDArray[np.int64]
@@ -144,13 +149,18 @@ def norm2(x: IntArray, axes: tuple[int, ...], factor: int, *, keepdims: bool = T
     """sqrt(factor * sum of x^2 over axes), rounded to nearest.
 
     Args:
-        x: i32, |x| <= 2^17; with n numbers in a sum, n 2^34 factor < 2^60.
+        x: i32, |x| <= 2^17; with n numbers in a sum, n 2^34 factor <= 2^60.
         axes: what is summed.
         factor: 4^f: the result has f more fraction bits than x.
         keepdims: keep the summed axes with one element.
     """
     wide = x.astype(np.int64)
     return _near_root((wide * wide).sum(axis=axes, keepdims=keepdims) * factor)
+
+
+def norm2_bits(count: int) -> int:
+    """The most fraction bits that a sum of so many squares leaves room for; negative when it has none."""
+    return (ROOT_BITS - 2 * NORM_BITS - (count - 1).bit_length()) // 2
 
 
 def sqrt(x: IntArray, factor: int) -> npt.NDArray[np.int32]:

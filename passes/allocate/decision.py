@@ -7,15 +7,15 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from kbitc.graph import edit, images
-from kbitc.passes.allocate import forms
-from kbitc.passes.allocate.forms import Form
+from kbitc.passes.allocate import families
+from kbitc.passes.allocate.families import Form
 
 #: Families that read int32 numbers where their source has some.
-_READS_WIDE = frozenset((forms.SOFTMAX, forms.NORM))
+_READS_WIDE = families.WIDE | {families.SOFTMAX}
 #: Families whose result is made as codes.
-_GIVES_CODES = frozenset((forms.ADD, forms.CONCAT, forms.MOVE, forms.PEAK, forms.SOFTMAX))
+_GIVES_CODES = frozenset((families.ADD, families.CONCAT, families.MOVE, families.PEAK, families.SOFTMAX))
 #: Families whose result is an int32 number before it is rounded to codes.
-GIVES_WIDE = forms.ACCUMULATES | {forms.NORM}
+GIVES_WIDE = families.ACCUMULATES | families.WIDE
 
 
 class Decision:
@@ -35,12 +35,12 @@ class Decision:
         self.roots = {
             form.output: form.inputs[0]
             for form in surveyed.values()
-            if form.family == forms.TABLE and form.output is not None
+            if form.family == families.TABLE and form.output is not None
         }
         self.producers = {
             form.output: node
             for node, form in surveyed.items()
-            if form.output is not None and form.family != forms.BIAS
+            if form.output is not None and form.family != families.BIAS
         }
         self.producers |= {value: node for node in surveyed for value in node.outputs if value not in self.producers}
         self.integer: list[ir.Node] = []
@@ -68,8 +68,12 @@ class Decision:
             node in self._chosen
             and node is not None
             and self.forms[node].family in _GIVES_CODES
-            and self._leaves(value)
+            and (self._leaves(value) or (self.integer_only and value.uses() and not self._unread(value, node)))
         )
+
+    def _unread(self, value: ir.Value, node: ir.Node) -> bool:
+        """Whether a result of an integer-only graph needs no codes: it stays int32, or becomes one limited value."""
+        return node in self.wide or self.folded(value)
 
     def _leaves(self, value: ir.Value) -> bool:
         """Whether codes of the value are given out as they are, because its function may not be computed on floats."""
@@ -81,7 +85,7 @@ class Decision:
         node = self.producers.get(root)
         if node is None or root in self.readers or len(found) != 1:
             return False
-        if self.forms[node].family not in forms.ACCUMULATES | {forms.ADD}:
+        if self.forms[node].family not in families.ACCUMULATES | {families.ADD}:
             return False
         return _is_clip_chain(found[0], root)
 
@@ -112,7 +116,7 @@ class Decision:
                 users.setdefault(self.roots.get(value, value), []).append(node)
         for node in reversed(self.integer):
             form = self.forms[node]
-            if form.family != forms.ADD or form.output is None or form.output.is_graph_output():
+            if form.family != families.ADD or form.output is None or form.output.is_graph_output():
                 continue
             found = users.get(form.output, [])
             if found and all(self.reads_wide(user) and form.output in self.forms[user].inputs for user in found):
@@ -130,9 +134,9 @@ class Decision:
     def _forward(self) -> None:
         chosen: set[ir.Node] = set()
         for node, form in self.forms.items():
-            if form.family in (forms.NONE, forms.TABLE, forms.BIAS):
+            if form.family in (families.NONE, families.TABLE, families.BIAS):
                 continue
-            always = form.family in (forms.CONTRACTION, forms.PRODUCT)
+            always = form.family in (families.CONTRACTION, families.PRODUCT)
             if always or all(self._available(value, chosen) for value in form.inputs):
                 chosen.add(node)
         self._chosen = chosen
@@ -155,7 +159,7 @@ class Decision:
                 continue
             made = {value for value in (form.output, *node.outputs) if value is not None}
             made |= {image for image, root in self.roots.items() if root in made}
-            needed = self.integer_only or form.family in (forms.CONTRACTION, forms.PRODUCT)
+            needed = self.integer_only or form.family in (families.CONTRACTION, families.PRODUCT)
             if not needed and not made & wanted:
                 self._chosen.discard(node)
                 continue

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.graph import edit, ops
-from kbitc.passes.allocate import forms
+from kbitc.graph.integer_nonlinear import NORM_BITS
+from kbitc.graph.integer_reduce import MAX_FACTOR_BITS, MEAN_BITS, ROOT_BITS, WIDE_LIMIT, norm2_bits
+from kbitc.passes.allocate import families, forms
 from kbitc.quant.scheme import ScaleCode
 from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, Proof
 from kbitc.quant.tensor import QTensor, spread
@@ -24,22 +26,46 @@ Known = Mapping[ir.Value, tuple[Codes, str]]
 def prove(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str, QTensor]) -> Proof | None:
     """The bound of a node's accumulators; None for a node that has none."""
     form = decision.forms[node]
-    if form.family == forms.CONTRACTION:
+    if form.family == families.CONTRACTION:
         return _contraction(node, codes[form.inputs[0]][0], tensors)
-    if form.family in (forms.PRODUCT, forms.MUL):
+    if form.family in (families.PRODUCT, families.MUL):
         spans = [span(codes[value][0]) for value in form.inputs]
-        terms = _terms(form.inputs[0]) if form.family == forms.PRODUCT else 1
+        terms = _terms(form.inputs[0]) if form.family == families.PRODUCT else 1
         if terms is None:
             most = (ACCUMULATOR_LIMIT - 1) // (spans[0] * spans[1])
             words = f"{most} terms * {spans[0]} * {spans[1]} < 2^31; the number of terms is only known at run time"
             return Proof(0, most * spans[0] * spans[1], words)
         bound = terms * spans[0] * spans[1]
         return Proof(terms, bound, f"{terms} * {spans[0]} * {spans[1]} = {bound}")
-    if form.family in (forms.MEAN, forms.AVERAGE):
-        terms = forms.reduced_count(node) if form.family == forms.MEAN else _window(node)
+    if form.family in (families.MEAN, families.AVERAGE):
+        terms = families.reduced_count(node) if form.family == families.MEAN else _window(node)
+        if form.family == families.MEAN and terms is None:
+            return _counted(span(codes[form.inputs[0]][0]))
         reach = span(codes[form.inputs[0]][0])
         bound = (terms or 0) * reach
         return Proof(terms or 0, bound, f"{terms} * {reach} = {bound}")
+    return _in_int64(form.family, node)
+
+
+def _counted(reach: int) -> Proof:
+    """A mean whose count is known at run time: a sum in int64, over its count before it is an int32 again."""
+    bound = reach << MEAN_BITS
+    words = f"a mean of n numbers up to {reach} in steps of 2^-{MEAN_BITS}: {bound}; n {bound} < 2^61 inside"
+    return Proof(0, bound, words)
+
+
+def _in_int64(family: str, node: ir.Node) -> Proof | None:
+    """Families that compute in int64 and limit their int32 result to 2^30 or less."""
+    count = families.reduced_count(node) if family in (families.SUM, families.LENGTH) else None
+    if family == families.SUM:
+        words = f"{count or 'n'} * 2^31 < 2^61 inside; limited to 2^29"
+        return Proof(count or 0, WIDE_LIMIT, words)
+    if family == families.LENGTH:
+        words = f"{count} * 2^{2 * NORM_BITS} * 4^{norm2_bits(count or 1)} <= 2^{ROOT_BITS} inside; its root is 2^30"
+        return Proof(count or 0, 1 << (ROOT_BITS // 2), words)
+    if family == families.QUOTIENT:
+        words = f"2^31 * 2^{MAX_FACTOR_BITS} <= 2^61 inside; limited to 2^29"
+        return Proof(1, WIDE_LIMIT, words)
     return None
 
 

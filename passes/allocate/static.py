@@ -17,10 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import edit, images
-from kbitc.graph.integer_nonlinear import PROBABILITY_STEPS
-from kbitc.passes.allocate import forms
+from kbitc.graph.integer_nonlinear import POWER_BITS, PROBABILITY_STEPS
+from kbitc.passes.allocate import families, forms
 from kbitc.passes.allocate.decision import Decision
-from kbitc.passes.allocate.forms import Form
+from kbitc.passes.allocate.families import Form
 from kbitc.passes.allocate.proofs import prove
 from kbitc.quant.static import FLOAT, INTEGER, Codes, NodeEntry, Proof, StaticPlan, ValueEntry, codes_for
 from kbitc.quant.stats import CalibrationStats, ValueStats
@@ -35,6 +35,9 @@ EDGE_BITS = 8
 WIDE_PEAK_BITS = 15
 #: Step of the int32 numbers that a softmax reads: exp changes by a factor of 1.001.
 LOGIT_SCALE = 2.0**-10
+_READS_LOGITS = frozenset((families.SOFTMAX, families.EXP))
+#: Families whose input has a step of its own in the plan.
+_READS_SCALED = frozenset((families.NORM, families.SOFTMAX, families.LENGTH))
 #: Numbers at which a function is sampled to find where it is flat.
 _SAMPLES = 4097
 
@@ -93,7 +96,7 @@ def plan_static(
         if not unsafe:
             break
         surveyed |= {
-            node: Form(forms.NONE, reason=f"its accumulators could overflow int32: {proof.words}")
+            node: Form(families.NONE, reason=f"its accumulators could overflow int32: {proof.words}")
             for node, proof in unsafe.items()
         }
     entries = tuple(_entry(node, decision, proofs.get(node)) for node in model.graph)
@@ -104,7 +107,7 @@ def plan_static(
 
 def _with_stats(node: ir.Node, form: Form, stats: CalibrationStats, wishes: Wishes) -> Form:
     """No integer form where the user forbids it or a value was never seen, or was seen not finite."""
-    if form.family in (forms.NONE, forms.TABLE, forms.BIAS):
+    if form.family in (families.NONE, families.TABLE, families.BIAS):
         return form
     reason = wishes.keep_float.get(node.name or "")
     for value in (*form.inputs, *([form.output] if form.output is not None else [])):
@@ -115,7 +118,9 @@ def _with_stats(node: ir.Node, form: Form, stats: CalibrationStats, wishes: Wish
             reason = reason or f"calibration never saw {value.name}"
         elif seen.infinite:
             reason = reason or f"{value.name} is not finite on the calibration data"
-    return form if reason is None else Form(forms.NONE, reason=reason)
+        elif form.family == families.QUOTIENT and value is form.inputs[-1] and not seen.low > 0:
+            reason = reason or f"its divisor {value.name} is not positive on the calibration data"
+    return form if reason is None else Form(families.NONE, reason=reason)
 
 
 def wide_entries(decision: Decision, stats: CalibrationStats) -> tuple[ValueEntry, ...]:
@@ -124,17 +129,18 @@ def wide_entries(decision: Decision, stats: CalibrationStats) -> tuple[ValueEntr
     logits: set[ir.Value] = set()
     for node in reversed(decision.integer):
         form = decision.forms[node]
-        if form.family == forms.SOFTMAX or (node in decision.wide and form.output in logits):
+        if form.family in _READS_LOGITS or (node in decision.wide and form.output in logits):
             logits.update(form.inputs)
-        ends = [form.output] if node in decision.wide or form.family == forms.NORM else []
-        ends += [form.inputs[0]] if form.family in (forms.NORM, forms.SOFTMAX) else []
+        ends = [form.output] if node in decision.wide or form.family in families.WIDE else []
+        ends += [form.inputs[0]] if form.family in _READS_SCALED else []
         for value in ends:
-            if value is None or value.name in found:
+            if value is None or value.name in found or edit.constant(value) is not None:
                 continue
             seen = stats.values[value.name or ""]
+            bits = POWER_BITS if form.family == families.EXP and value is form.output else WIDE_PEAK_BITS
             peak = max(abs(seen.low), abs(seen.high)) or 1.0
-            scale = LOGIT_SCALE if value in logits else peak / (1 << WIDE_PEAK_BITS)
-            reason = "logits of a softmax" if value in logits else f"{peak:.6g} is 2^{WIDE_PEAK_BITS} steps"
+            scale = LOGIT_SCALE if value in logits else peak / (1 << bits)
+            reason = "an exponent" if value in logits else f"{peak:.6g} is 2^{bits} steps"
             found[value.name or ""] = ValueEntry(value.name or "", Codes(scale, 0, 32), reason)
     return tuple(found.values())
 
@@ -173,11 +179,11 @@ class Ranges:
         shared: dict[ir.Value, ir.Value] = {}
         for node in self.decision.integer:
             form = self.decision.forms[node]
-            if form.family in forms.KEEPS_CODES:
+            if form.family in families.KEEPS_CODES:
                 shared |= dict.fromkeys(node.outputs, form.inputs[0])
         for node in self.decision.integer:
             form = self.decision.forms[node]
-            if form.family != forms.CONCAT or form.output is None:
+            if form.family != families.CONCAT or form.output is None:
                 continue
             for value in form.inputs:
                 source = _last(shared, value)
@@ -190,7 +196,7 @@ class Ranges:
     def _observed(self, value: ir.Value) -> tuple[Codes, str]:
         """Codes of a value's own range; where only functions of it are read, without the parts where they are flat."""
         maker = self.decision.producers.get(value)
-        if maker is not None and self.decision.forms[maker].family == forms.SOFTMAX:
+        if maker is not None and self.decision.forms[maker].family == families.SOFTMAX:
             return Codes(float(np.float32(1 / PROBABILITY_STEPS)), 0), "probabilities"
         bits = EDGE_BITS if value in self.edges else self.wishes.bits
         array = edit.constant(value)
@@ -247,12 +253,12 @@ def _edge_values(model: ir.Model, decision: Decision) -> set[ir.Value]:
     behind: set[ir.Value] = set()  # values on which a later contraction depends
     for node in reversed(list(model.graph)):
         form = decision.forms[node]
-        if form.family == forms.CONTRACTION and not behind & set(node.outputs):
+        if form.family == families.CONTRACTION and not behind & set(node.outputs):
             found.update(form.inputs)
-        if form.family in (forms.CONTRACTION, forms.PRODUCT) or behind & set(node.outputs):
+        if form.family in (families.CONTRACTION, families.PRODUCT) or behind & set(node.outputs):
             behind.update(value for value in node.inputs if value is not None)
     for node in decision.integer:
-        if decision.forms[node].family == forms.CONTRACTION:
+        if decision.forms[node].family == families.CONTRACTION:
             found.update(value for value in decision.forms[node].inputs if value in inputs)
     return found
 
@@ -262,12 +268,12 @@ def _entry(node: ir.Node, decision: Decision, proof: Proof | None) -> NodeEntry:
     name, op_type = node.name or "", node.op_type
     if node in decision.integer:
         return NodeEntry(name, op_type, INTEGER, form.family, proof)
-    if form.family == forms.NONE:
+    if form.family == families.NONE:
         return NodeEntry(name, op_type, FLOAT, form.reason)
-    if form.family == forms.BIAS:
+    if form.family == families.BIAS:
         inside = decision.producers.get(node.inputs[0] or node.outputs[0]) in decision.integer
         return NodeEntry(name, op_type, INTEGER if inside else FLOAT, "the bias of a contraction")
-    if form.family == forms.TABLE:
+    if form.family == families.TABLE:
         tabled = any(node.outputs[0] in found for found in decision.images.values())
         inner = not node.outputs[0].is_graph_output() and form.inputs[0] in decision.images
         if tabled or inner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kbitc.graph import edit
+from kbitc.graph import dims, edit
 from kbitc.graph.edit import integers, is_op, only_use, producer, scalar
 
 #: A decomposed operator's constants carry the rounding of float32; this bounds it (8 units of 2^-23).
@@ -66,9 +66,21 @@ def sole_reader(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def reduced(value: ir.Value | None, op_type: str) -> tuple[ir.Value, tuple[int, ...]] | None:
-    """(x, axes) when `value` is `op_type(x, axes, keepdims=1)` with constant axes, made non-negative and sorted."""
+    """(x, axes) when `value` is `op_type(x, axes)` with its axes kept as 1, by itself or by a Reshape or Unsqueeze."""
+    maker = value.producer() if value is not None else None
+    reshaped = maker is not None and is_op(maker, "Reshape", "Unsqueeze")
+    found = reduction(maker.inputs[0] if reshaped and maker is not None else value, op_type)
+    before, after = dims.of(found[0]) if found is not None else None, dims.of(value)
+    if found is None or before is None or after is None or len(before) != len(after):
+        return None
+    kept = [1 if axis in found[1] else dim for axis, dim in enumerate(before)]
+    return found if all(dims.same(left, right) for left, right in zip(kept, after, strict=True)) else None
+
+
+def reduction(value: ir.Value | None, op_type: str) -> tuple[ir.Value, tuple[int, ...]] | None:
+    """(x, axes) when `value` is `op_type(x, axes)` with constant axes, made non-negative and sorted."""
     node = producer(value, op_type) if value is not None else None
-    if node is None or node.inputs[0] is None or not node.attributes.get_int("keepdims", 1):
+    if node is None or node.inputs[0] is None:
         return None
     size = edit.rank(node.inputs[0])
     axes = integers(node.inputs[1]) if len(node.inputs) > 1 else None

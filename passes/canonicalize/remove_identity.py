@@ -17,7 +17,8 @@ from kbitc.passes.base import PassResult
 
 @dataclass(frozen=True)
 class RemoveIdentity:
-    """Before: `Identity(x)`, `Dropout(x)`, `Cast<T>(x: T)`, `Transpose<0,1,2>(x)`, `x + 0`, `x * 1`, ... After: x.
+    """Before: `Identity(x)`, `Dropout(x)`, `Cast<T>(x: T)`, `Transpose<0,1,2>(x)`, `x + 0`, `x * 1`, `max(x, -inf)` ...
+    After: x.
 
     Keeps a node that is a graph output fed by an input or a constant (a graph output needs a node that makes it), a
     Dropout whose mask is read or that trains, `x + 0` and `x * 1` when the constant widens x by broadcasting, and
@@ -118,6 +119,16 @@ def _same_shape_as(source: ir.Value, node: ir.Node) -> bool:
     return before is not None and before == after
 
 
+def _limit(number: float) -> Callable[[ir.Node], ir.Value | None]:
+    """A rule for Max and Min of x and an infinite number that limits nothing."""
+
+    def rule(node: ir.Node) -> ir.Value | None:
+        items = [value for value in node.inputs if scalar(value) != number or (edit.rank(value) or 0) > 0]
+        return items[0] if len(items) == 1 else None
+
+    return rule
+
+
 def _power(node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if scalar(node.inputs[1]) == 1.0 and (edit.rank(node.inputs[1]) or 0) == 0 else None
 
@@ -140,4 +151,6 @@ _RULES: dict[str, Callable[[ir.Node], ir.Value | None]] = {
     "Mul": _neutral(1.0, both_sides=True),
     "Div": _neutral(1.0, both_sides=False),
     "Pow": _power,
+    "Max": _limit(-np.inf),
+    "Min": _limit(np.inf),
 }

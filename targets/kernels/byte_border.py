@@ -22,7 +22,6 @@ WIDTHS = (64, 16)
 
 def make_byte_border(
     lead: tuple[Dim, Dim, Dim],
-    padded: tuple[Dim, Dim],
     channels: int,
     pads: tuple[int, int, int, int],
     zero: int,
@@ -33,19 +32,17 @@ def make_byte_border(
 
     Args:
         lead: (B, H, W).
-        padded: height and width with the border.
         channels: C.
         pads: (top, left, bottom, right) in pixels.
         zero: the code of real zero, which the border holds.
         slack: bytes behind the line.
         name: of the kernel.
     """
-    return v.kernel(name, lambda: _emit(lead, padded, channels, pads, zero, slack))
+    return v.kernel(name, lambda: _emit(lead, channels, pads, zero, slack))
 
 
 def _emit(
     lead: tuple[Dim, Dim, Dim],
-    padded: tuple[Dim, Dim],
     channels: int,
     pads: tuple[int, int, int, int],
     zero: int,
@@ -54,10 +51,11 @@ def _emit(
     """A task a line. The pixels of a line lie side by side, so that it is border, one copy, border."""
     dims = v.DimVars()
     batch, height, width = (dims(d) for d in lead)
-    out_height, out_width = (dims(d) for d in padded)
+    top, left, bottom, right = pads
+    # Sums of the variables of x: one of its own could not be told from the length of a line.
+    out_height, out_width = top + height + bottom, left + width + right
     x = v.argument("x", (batch, height, width, channels), "uint8")
     target = v.argument("out", (v.product((batch, out_height, out_width, channels)) + slack,), "uint8")
-    top, left, _, _ = pads
     with v.root():
         source = v.view(x, (v.product((batch, height, width, channels)),), "uint8")
         with builder.parallel(v.i64(0), v.i64(batch * out_height)) as line:

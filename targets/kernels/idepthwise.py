@@ -27,6 +27,7 @@ from kbitc.quant.packing import GROUP
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.byte_dot import ByteDot, narrower
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_first
+from kbitc.targets.kernels.rows import padded_size, unknown_size
 from kbitc.targets.lower.contraction import ConvAttributes
 
 Expr = Any
@@ -54,6 +55,7 @@ class IdepthwiseSpec:
         flat: the image is one line of bytes and SLACK more.
         epilogue: how accumulators become uint8; None leaves them int32.
         accumulators: also write the accumulators when there is an epilogue.
+        border: (top, left, bottom, right), the pixels that the image holds beside its own.
     """
 
     image: tuple[Dim, Dim, Dim]
@@ -64,6 +66,7 @@ class IdepthwiseSpec:
     flat: bool = False
     epilogue: Epilogue | None = None
     accumulators: bool = False
+    border: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def taps(self) -> int:
@@ -156,6 +159,9 @@ class _Generator:
         """Arguments, then a task a line of output pixels."""
         spec, dims = self.spec, v.DimVars()
         batch, self.height, self.width = (dims(d) for d in spec.image)
+        image = None
+        if spec.flat and unknown_size(spec.image):
+            image, (self.height, self.width) = padded_size(spec.border)
         out_height, self.out_width = (dims(d) for d in spec.out)
         size = v.product((batch, self.height, self.width, spec.channels)) + (SLACK if spec.flat else 0)
         lying = (size,) if spec.flat else (batch, self.height, self.width, spec.channels)
@@ -163,6 +169,8 @@ class _Generator:
         self.packed = v.argument("packed", (self.places * spec.fours * GROUP,), "uint8")
         self.bias = v.argument("bias", (self.places,), "int32")
         self.numbers = arguments(spec.epilogue, self.places)
+        if image is not None:
+            v.argument("image", (batch, *image, spec.channels), "uint8")
         kinds = ["int32" if spec.epilogue is None else "uint8", *(["int32"] if spec.accumulators else [])]
         shape = (batch, out_height, self.out_width, spec.channels)
         outs = [v.argument(f"out{i}", shape, kind) for i, kind in enumerate(kinds)]

@@ -10,7 +10,7 @@ the sum of every block is multiplied by its factor before it is added.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,7 @@ from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_codes
-from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows, padded_size, unknown_size
 from kbitc.targets.kernels.tasks import row_tasks, store_channels
 
 Expr = Any
@@ -138,7 +138,11 @@ class _Generator:
     def emit(self) -> None:
         """Arguments, then a task a run of register tiles."""
         spec, dims = self.spec, v.DimVars()
-        rows = self.rows = spec.rows.with_dims(dims)
+        rows, image = spec.rows.with_dims(dims), None
+        if spec.flat and isinstance(rows, ConvRows) and unknown_size(spec.rows.source_shape):
+            image, (height, width) = padded_size(rows.attributes.pads)
+            rows = replace(rows, padded_height=height, padded_width=width)
+        self.rows = rows
         shape = (v.product((rows.source_rows, spec.pixel)),) if spec.flat else (*rows.source_shape, spec.pixel)
         x = v.argument("x", shape, "uint8")
         packed = packed_shape(spec.outputs, spec.taps, spec.channels, spec.bits)
@@ -147,6 +151,8 @@ class _Generator:
         factors = (spec.tiles, spec.taps, spec.blocks, LANES) if spec.block else ()
         self.factors = v.argument("factors", factors, "int8") if spec.block else None
         self.numbers = arguments(spec.epilogue, spec.tiles * LANES)
+        if image is not None:
+            v.argument("image", (rows.source_shape[0], *image, spec.pixel), "uint8")
         kinds = ["int32" if spec.epilogue is None else "uint8", *(["int32"] if spec.accumulators else [])]
         width = spec.groups * spec.outputs
         outs = [v.argument(f"out{i}", (*rows.out_shape, width), kind) for i, kind in enumerate(kinds)]

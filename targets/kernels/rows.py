@@ -6,9 +6,11 @@ as [B, H + top + bottom, W + left + right, Cp] with a border of zero codes, zero
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from tvm import tirx
 
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.lower.contraction import ConvAttributes
@@ -58,6 +60,21 @@ class MatmulRows:
     def tap_offset(self, tap: Expr) -> Expr:
         """What tap adds to `base`."""
         return v.i64(0)
+
+
+def unknown_size(shape: Sequence[Dim]) -> bool:
+    """Whether the height or the width of [B, H, W] is only known at run time."""
+    return not all(isinstance(dim, int) for dim in shape[1:])
+
+
+def padded_size(pads: tuple[int, int, int, int]) -> tuple[tuple[Dim, Dim], tuple[Dim, Dim]]:
+    """Variables for (height, width) of an image, and (height, width) with its border; only for sizes of run time.
+
+    The length of a line of bytes does not tell them, so a kernel takes the image without its border as an argument.
+    """
+    height, width = (tirx.Var(name, "int64") for name in ("image_height", "image_width"))
+    top, left, bottom, right = pads
+    return (height, width), (top + height + bottom, left + width + right)
 
 
 @dataclass(frozen=True)

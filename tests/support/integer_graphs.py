@@ -140,6 +140,18 @@ def convolutional(batch: int | str = 1) -> ir.Model:
     return g.finish(x, [logits, back])
 
 
+def image(batch: int | str = 1, height: int | str = 20, width: int | str = 18) -> ir.Model:
+    """Convolutions whose borders lie in memory: dense and depthwise, with steps, of channels that fill no register."""
+    g = Graph()
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((batch, 3, height, width)))
+    scale = np.array(1 / 32, np.float32)
+    q = g.node("QuantizeLinear", x, scale, np.array(128, np.uint8))
+    first = g.conv(q, g.weight(20, 3, 3, 3), 20, 27, strides=[2, 2], pads=[1, 1, 1, 1], low=128)
+    depth = g.conv(first, g.weight(20, 1, 3, 3), 20, 9, group=20, pads=[1, 0, 2, 1], strides=[1, 2], high=200)
+    dense = g.conv(depth, g.weight(32, 20, 3, 3), 32, 90, pads=[1, 1, 1, 1])
+    return g.finish(x, [g.node("DequantizeLinear", dense, scale, np.array(128, np.uint8))])
+
+
 def transformer(batch: int | str = 2, length: int | str = 13, width: int = 48, heads: int = 3) -> ir.Model:
     """Attention and a feed-forward layer; weights of 8, 4 and 3 bits, one in two levels."""
     g, x = Graph(), _input(batch, length, width)

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from kbitc.errors import UnsupportedError
 from kbitc.graph import edit, images, legality
-from kbitc.passes.allocate import forms
+from kbitc.passes.allocate import families, forms
 from kbitc.passes.allocate.decision import Decision
 from kbitc.passes.rewrite.quantize_static import contraction, elementwise, movement, pooling, wide
 from kbitc.passes.rewrite.quantize_static.builder import F32, Builder, Sums
@@ -22,12 +22,18 @@ from kbitc.quant.static import StaticPlan
 from kbitc.quant.tensor import QTensor
 
 _SUMS: dict[str, Callable[[Builder, ir.Node], Sums]] = {
-    forms.CONTRACTION: contraction.contraction,
-    forms.PRODUCT: contraction.product,
-    forms.MUL: elementwise.mul,
-    forms.MEAN: pooling.mean,
-    forms.AVERAGE: pooling.average,
-    forms.NORM: wide.norm,
+    families.CONTRACTION: contraction.contraction,
+    families.PRODUCT: contraction.product,
+    families.MUL: elementwise.mul,
+    families.MEAN: pooling.mean,
+    families.AVERAGE: pooling.average,
+    families.NORM: wide.norm,
+    families.SUM: wide.total,
+    families.LENGTH: wide.length,
+    families.ROOT: wide.root,
+    families.QUOTIENT: wide.quotient,
+    families.SHIFT: wide.shift,
+    families.EXP: wide.exp,
 }
 #: Numbers between two codes at which a limited value is compared with its limits.
 _SAMPLES = 1025
@@ -46,8 +52,8 @@ def quantize_static(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTe
     """
     kept = {entry.node: entry.reason for entry in plan.nodes if entry.form != "integer"}
     surveyed = {
-        node: forms.Form(forms.NONE, reason=kept[node.name or ""])
-        if form.family not in (forms.TABLE, forms.BIAS, forms.NONE) and node.name in kept
+        node: families.Form(families.NONE, reason=kept[node.name or ""])
+        if form.family not in (families.TABLE, families.BIAS, families.NONE) and node.name in kept
         else form
         for node, form in forms.survey(model, tensors, {}, integer_only=plan.integer_only).items()
     }
@@ -76,19 +82,19 @@ def _rewrite(builder: Builder, node: ir.Node) -> None:
     target = limited[0] if limited else output
     low, high = limits(builder, target, output) if limited else (0, 255)
     if form.family in _SUMS or node in builder.decision.wide:
-        sums = wide.wide_sum(builder, node) if form.family == forms.ADD else _SUMS[form.family](builder, node)
+        sums = wide.wide_sum(builder, node) if form.family == families.ADD else _SUMS[form.family](builder, node)
         if limited or builder.decision.has_codes(output):
             builder.requantize(sums, target, _place(node, output), low, high)
         builder.sums[output] = sums
-    elif form.family == forms.ADD:
+    elif form.family == families.ADD:
         elementwise.add(builder, node, target, low, high)
-    elif form.family == forms.SOFTMAX:
+    elif form.family == families.SOFTMAX:
         wide.softmax(builder, node)
-    elif form.family == forms.CONCAT:
+    elif form.family == families.CONCAT:
         movement.concat(builder, node)
     else:
         movement.move(builder, node)
-    for made in node.outputs if form.family == forms.MOVE else [output]:
+    for made in node.outputs if form.family == families.MOVE else [output]:
         for image in builder.decision.images.get(made, []):
             if image not in builder.codes:
                 elementwise.tabled(builder, image, made, _place(node, output))
@@ -160,9 +166,9 @@ def _stays_float(builder: Builder, node: ir.Node) -> bool:
     form = builder.decision.forms.get(node)
     if form is None:
         return node.op_type in ("QuantizeLinear",)
-    if node in builder.decision.integer or form.family == forms.BIAS:
+    if node in builder.decision.integer or form.family == families.BIAS:
         return False
-    return not (form.family == forms.TABLE and _is_inside(builder, node))
+    return not (form.family == families.TABLE and _is_inside(builder, node))
 
 
 def _is_inside(builder: Builder, node: ir.Node) -> bool:

@@ -11,17 +11,18 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.errors import InternalError
-from kbitc.graph import edit, functions
+from kbitc.graph import edit, functions, integer_reduce
 from kbitc.graph import integer_functions as integer
 from kbitc.graph import integer_nonlinear as nonlinear
 from kbitc.passes.allocate.decision import Decision
-from kbitc.passes.allocate.forms import Form
+from kbitc.passes.allocate.families import Form
 from kbitc.passes.allocate.static import EDGE_BITS
-from kbitc.quant.static import Codes, StaticPlan
+from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, StaticPlan
 from kbitc.quant.tensor import QTensor
 
 Array = npt.NDArray[Any]
-I32, U8, I8, F32 = ir.DataType.INT32, ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.FLOAT
+I64, I32, U8 = ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT8
+I8, F32 = ir.DataType.INT8, ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,13 @@ class Sums:
         value: i32.
         scales: f64 [N] along `axis`, or [1], in units of x per step.
         axis: the axis of `value` with N elements.
+        limit: |value| is at most this.
     """
 
     value: ir.Value
     scales: npt.NDArray[np.float64]
     axis: int
+    limit: int = ACCUMULATOR_LIMIT
 
 
 @dataclass
@@ -99,7 +102,7 @@ class Builder:
         shape: ir.Shape | None, **attrs: Any,
     ) -> ir.Value:  # fmt: skip
         """A new node in front of `before`; operators that are kbitc functions are called as such."""
-        own = op_type in integer.BODIES or op_type in nonlinear.BODIES
+        own = any(op_type in module.BODIES for module in (integer, nonlinear, integer_reduce))
         if own:
             self.needed.add(op_type)
         domain = functions.DOMAIN if own else ""

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import edit
-from kbitc.passes.allocate import forms
+from kbitc.passes.allocate import families
 from kbitc.passes.rewrite.quantize_static.builder import U8, Builder
 from kbitc.passes.rewrite.quantize_static.elementwise import constant_codes, table, table_entries
 from kbitc.quant.static import Codes
@@ -33,7 +33,7 @@ def move(builder: Builder, node: ir.Node) -> None:
         fill = builder.zero(builder.codes_of(source))
         inputs = [*inputs[:2], fill, *inputs[3:]]
     if node.op_type == "GlobalMaxPool":
-        axes = np.array(forms.reduced_axes(node), np.int64)
+        axes = np.array(families.reduced_axes(node), np.int64)
         inputs = [inputs[0], builder.constant(f"{node.name}.axes", axes)]
     op_type = "ReduceMax" if node.op_type == "GlobalMaxPool" else node.op_type
     copy = ir.Node("", op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs))

@@ -31,7 +31,7 @@ from kbitc.targets.kernels.idepthwise import (
 from kbitc.targets.kernels.igemm import IgemmSpec, make_igemm
 from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.requantize import PARTS, arrays, channel_places, epilogue_of
-from kbitc.targets.kernels.rows import ConvRows
+from kbitc.targets.kernels.rows import ConvRows, unknown_size
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes, EmitContext
 from kbitc.targets.rules.product import rows_of
 from kbitc.targets.rules.weights import cached
@@ -59,6 +59,7 @@ class CodeProduct:
         func = cached(ctx, (name, repr(spec), isa.name), lambda: make_igemm(spec, dot, isa, name))
         x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
         given = [x, *_parameters(ctx, contraction, weight, spec, dot)]
+        given += inputs[:1] if spec.flat and unknown_size(spec.rows.source_shape) else []
         return call(ctx, contraction, func, name, given)
 
 
@@ -90,7 +91,7 @@ class CodeDepthwise:
             image, conv = (rows.batch, rows.padded_height, rows.padded_width), replace(conv, pads=(0, 0, 0, 0))
         spec = IdepthwiseSpec(
             image, (rows.out_height, rows.out_width), n, conv, contraction.x_zero, flat, way,
-            wants_accumulators(contraction),
+            wants_accumulators(contraction), contraction.conv.pads if flat else (0, 0, 0, 0),
         )  # fmt: skip
         name = "integer_depthwise"
         func = cached(ctx, (name, repr(spec), ctx.target.dot), lambda: make_idepthwise(spec, dot, name))
@@ -101,6 +102,7 @@ class CodeDepthwise:
             ctx.weight(f"{contraction.name}.levels", pack_taps(weight.levels()[:, :, 0], dot)),
             ctx.weight(f"{contraction.name}.bias", at_places(folded_bias(contraction, dot), at)),
             *epilogue_parameters(ctx, contraction, runs),
+            *(inputs[:1] if flat and unknown_size(image) else []),
         ]
         return call(ctx, contraction, func, name, given)
 
@@ -263,8 +265,7 @@ def _bordered(ctx: EmitContext, contraction: Contraction, x: RelaxExpr, slack: i
     channels = contraction.x_shape[-1]
     key = ("byte border", hash(x), conv.pads, contraction.x_zero, slack)
     if key not in ctx.memo:
-        lead, padded = contraction.x_shape[:3], (rows.padded_height, rows.padded_width)
-        what = (lead, padded, channels, conv.pads, contraction.x_zero, slack)
+        what = (contraction.x_shape[:3], channels, conv.pads, contraction.x_zero, slack)
         func = cached(ctx, ("byte_border", repr(what)), lambda: make_byte_border(*what, "byte_border"))
         size = rows.batch * rows.padded_height * rows.padded_width * channels + slack
         # The variable is kept so that its hash, its identity in TVM, stays its own.

@@ -10,6 +10,7 @@ from kbitc.passes.base import GraphPass
 from kbitc.passes.canonicalize.fuse_gelu import FuseGelu
 from kbitc.passes.canonicalize.fuse_hard_swish import FuseHardSwish
 from kbitc.passes.canonicalize.fuse_layer_norm import FuseLayerNorm
+from kbitc.passes.canonicalize.fuse_moments import FuseMoments
 from kbitc.passes.canonicalize.fuse_softmax import FuseSoftmax
 from kbitc.passes.canonicalize.pow_to_mul import PowToMul
 from tests.support.onnx_text import apply, model, noise, operators
@@ -38,6 +39,9 @@ NUMBERS = {
     "square": np.int64(2),
     "minus_half": F(-0.5),
     "third": F(1 / 3),
+    "eighth": F(1 / 8),
+    "quarter": F(1 / 4),
+    "column": noise(4, 1, seed=3),
 }
 
 NORMAL = """
@@ -52,6 +56,14 @@ TANH = """
 CUBE = "c2 = Mul(x, x) \n c3 = Mul(c2, x)"
 CLIP = "a = Add(x, three) \n c = Clip(a, zero, six)"
 EXP = "m = ReduceMax(x, last) \n d = Sub(x, m) \n e = Exp(d) \n s = ReduceSum(e, last)"
+
+MOMENTS = """
+    t = ReduceSum<keepdims = 0>(x, last) \n m = Mul(t, eighth) \n s = Mul(x, x)
+    u = ReduceSum<keepdims = 0>(s, last) \n q = Mul(u, eighth) \n mm = Mul(m, m) \n v = Sub(q, mm)
+    w = Max(zero, v) \n k = Unsqueeze(w, last) \n e = Add(k, eps) \n r = Sqrt(e) \n i = Reciprocal(r)
+    n = Unsqueeze(m, last) \n d = Sub(x, n)
+"""
+MOMENTS_OF_ROWS = MOMENTS.replace("last", "mid").replace("eighth", "quarter")
 
 FUSED: dict[str, tuple[GraphPass, str, dict[str, int]]] = {
     "layer norm": (
@@ -68,6 +80,21 @@ FUSED: dict[str, tuple[GraphPass, str, dict[str, int]]] = {
     "layer norm pow": (
         FuseLayerNorm(),
         NORMAL.replace("Mul(d, d)", "Pow(d, two)") + " \n n = Div(d, r) \n y = Mul(n, gamma)",
+        {"LayerNormalization": 1},
+    ),
+    "moments": (
+        FuseMoments(),
+        f"{MOMENTS} \n g = Mul(i, gamma) \n f = Mul(d, g) \n y = Add(f, beta)",
+        {"LayerNormalization": 1},
+    ),
+    "moments of rows": (
+        FuseMoments(),
+        f"{MOMENTS_OF_ROWS} \n g = Mul(i, column) \n f = Mul(g, d) \n y = Add(f, column)",
+        {"LayerNormalization": 1, "Transpose": 2},
+    ),
+    "moments alone": (
+        FuseMoments(),
+        f"{MOMENTS.replace('w = Max(zero, v)', '').replace('(w,', '(v,')} \n y = Mul(d, i)",
         {"LayerNormalization": 1},
     ),
     "gelu x(1+e)/2": (FuseGelu(), f"{ERF} \n f = Mul(x, c) \n y = Mul(f, half)", {"Gelu": 1}),
@@ -93,6 +120,12 @@ FUSED: dict[str, tuple[GraphPass, str, dict[str, int]]] = {
         {"HardSwish": 1},
     ),
     "hard sigmoid": (FuseHardSwish(), f"{CLIP} \n y = Div(c, six)", {"HardSigmoid": 1}),
+    "softmax with dropped axes": (
+        FuseSoftmax(),
+        "m0 = ReduceMax<keepdims = 0>(x, last) \n m = Unsqueeze(m0, last) \n d = Sub(x, m) \n e = Exp(d)"
+        " \n s0 = ReduceSum<keepdims = 0>(e, last) \n s = Unsqueeze(s0, last) \n y = Div(e, s)",
+        {"Softmax": 1},
+    ),
     "softmax": (FuseSoftmax(), f"{EXP} \n y = Div(e, s)", {"Softmax": 1}),
     "pow 2": (PowToMul(), "y = Pow(x, two)", {"Mul": 1}),
     "pow integer 2": (PowToMul(), "y = Pow(x, square)", {"Mul": 1}),
@@ -113,6 +146,14 @@ KEPT: dict[str, tuple[GraphPass, str]] = {
         NORMAL.replace("Mul(d, d)", "Mul(other, other)") + " \n y = Div(d, r)",
     ),
     "divides something else": (FuseLayerNorm(), f"{NORMAL} \n y = Div(x, r)"),
+    "a mean square of something else": (
+        FuseMoments(),
+        MOMENTS.replace("Mul(x, x)", "Mul(other, other)") + " \n y = Mul(d, i)",
+    ),
+    "a mean of another count": (
+        FuseMoments(),
+        MOMENTS.replace("Mul(u, eighth)", "Mul(u, quarter)") + " \n y = Mul(d, i)",
+    ),
     "erf of another scale": (FuseGelu(), ERF.replace("root2", "two") + " \n f = Mul(x, c) \n y = Mul(f, half)"),
     "erf plus two": (FuseGelu(), ERF.replace("one", "two") + " \n f = Mul(x, c) \n y = Mul(f, half)"),
     "erf times another value": (FuseGelu(), f"{ERF} \n f = Mul(other, c) \n y = Mul(f, half)"),

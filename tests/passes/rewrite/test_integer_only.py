@@ -81,9 +81,15 @@ def test_float_inputs_enter_by_quantization_alone() -> None:
 
 
 def test_what_has_no_integer_form_is_named() -> None:
-    graph = "g (float[N, 8] x) => (float[] y) { m = MatMul(x, w) s = Exp(m) y = MatMul(s, w) }"
-    with pytest.raises(UnsupportedError, match=r"leaves 2 float operators.*Exp has no integer form"):
+    graph = "g (float[N, 8] x) => (float[] y) { m = MatMul(x, w) s = Sin(m) y = MatMul(s, w) }"
+    with pytest.raises(UnsupportedError, match=r"leaves 2 float operators.*Sin has no integer form"):
         quantized(graph, {"w": noise(8, 8)}, integer_only=True)
+
+
+def test_a_sum_in_front_of_what_has_no_form_is_named() -> None:
+    graph = "g (float[N, 8] x) => (float[] y) { m = MatMul(x, w) n = MatMul(x, v) a = Sub(m, n) s = Sin(a) y = Abs(s) }"
+    with pytest.raises(UnsupportedError, match=r"Sin has no integer form"):
+        quantized(graph, {"w": noise(8, 8), "v": noise(8, 8, seed=1)}, integer_only=True)
 
 
 def test_integer_only_is_static() -> None:

@@ -21,7 +21,7 @@ from kbitc.targets.lower.layout_reference import expand_core
 from kbitc.targets.rules.base import schedule
 from kbitc.targets.target import parse_target
 from tests.passes.rewrite.test_integer_only import encoder, own_cache
-from tests.support.integer_graphs import Graph, convolutional, feed, transformer
+from tests.support.integer_graphs import Graph, convolutional, feed, image, transformer
 from tests.support.lowered import run_of
 from tests.support.onnx_text import operators
 
@@ -152,6 +152,7 @@ def test_symbolic_dimensions() -> None:
     for make, shapes in (
         (lambda: convolutional("batch"), [(1, 3, 20, 18), (3, 3, 20, 18)]),
         (lambda: transformer("batch", "length"), [(1, 1, 48), (2, 13, 48), (1, 18, 48)]),
+        (lambda: image("n", "height", "width"), [(1, 3, 20, 18), (2, 3, 9, 33), (1, 3, 4, 5)]),
     ):
         run = run_of(make(), parse_target("x86:avx512vnni"))
         for shape in shapes:

@@ -68,7 +68,7 @@ class Decision:
             node in self._chosen
             and node is not None
             and self.forms[node].family in _GIVES_CODES
-            and (self._leaves(value) or (self.integer_only and value.uses() and not self._unread(value, node)))
+            and (self._leaves(value) or (self.integer_only and bool(value.uses()) and not self._unread(value, node)))
         )
 
     def _unread(self, value: ir.Value, node: ir.Node) -> bool:

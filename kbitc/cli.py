@@ -95,6 +95,7 @@ def cli() -> None:
 @_planning
 @click.option("--with-runtime", is_flag=True, help="Put the native runner and its libraries into the bundle.")
 @click.option("--never-slower", is_flag=True, help="Keep weights float whose layers would be slower than float.")
+@click.option("--tuned", type=click.Path(path_type=Path), metavar="FILE", help="Schedules of `kbitc tune`, or none.")
 @click.option("--debug-accumulators", is_flag=True, help="Also output int8 codes and int32 accumulators.")
 @_json
 def compile_command(model: Path, output: Path, as_json: bool, calibration: Path | None, **arguments: Any) -> None:
@@ -245,6 +246,24 @@ def analyze(
         result = command.analyze_model(model, calibration, chosen, Trace(on_stage=on_stage), estimate=estimate)
     command.write_analysis(result, output, write_plan)
     show.emit(result, as_json, lambda: show.analyze(result, output))
+
+
+@cli.command(short_help="Search fast schedules for a model on this machine.")
+@click.argument("path", metavar="MODEL|BUNDLE", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The database.  [default: in the cache folder]")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=1x128", help="Sizes to tune for.")
+@click.option("--scheme", help="Of a MODEL's weights: int4:b32, uint3:b64:zp, nf4:b64, int8:c; float32 for none.")
+@click.option("--activations", default="dynamic", show_default=True, help="Of a MODEL: float or dynamic.")
+@click.option("--target", default="host", show_default=True, help="Of a MODEL; see `kbitc targets`.")
+@_json
+def tune(path: Path, output: Path | None, shapes: tuple[str, ...], as_json: bool, **compiling: Any) -> None:
+    """Time schedules of the products of MODEL or BUNDLE; `kbitc compile` takes what is faster from the database."""
+    from kbitc.commands import show, show_layers
+    from kbitc.commands import tune as command
+
+    with show.progress(quiet=as_json) as on_stage:
+        result = command.tune_path(path, output, shapes, compiling, on_stage)
+    show.emit(result, as_json, lambda: show_layers.tune(result))
 
 
 @cli.command(short_help="Show what this machine can compile for and run.")

@@ -118,9 +118,11 @@ def compile_model(
     """
     from kbitc.bundle.writer import check_output, stage
     from kbitc.targets.target import parse_targets
+    from kbitc.targets.tuning import find_tuning
 
     trace = trace or Trace(options.dump_dir)
-    targets = parse_targets(options.target)
+    tuning = find_tuning(options.speed.tuned)
+    targets = [target.with_tuning(tuning) for target in parse_targets(options.target)]
     check_output(output, force=options.force)
     prepared = prepare(source, options, targets[0], calibration, trace)
     compared = compare_layers(prepared, options, targets, trace) if options.speed.never_slower else ()
@@ -394,8 +396,8 @@ def finish_bundle(
     for name, content in (with_runtime(built.target) if options.with_runtime else {}).items():
         staging.add_file(name, content, executable="/" not in name)
     manifest = staging.commit(
-        built.inputs, built.outputs, kbitc_version=__version__, plan=plan.as_json(),
-        accuracy=report.accuracy, provenance=origin, accepts=accepts,
+        built.inputs, built.outputs, kbitc_version=__version__, plan=plan.as_json(), accuracy=report.accuracy,
+        provenance={**origin, "tuning": built.target.tuning_facts}, accepts=accepts,
     )  # fmt: skip
     return manifest is not None
 

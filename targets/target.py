@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ from kbitc import catalog
 from kbitc.errors import InternalError, UsageError
 from kbitc.quant.scheme import Granularity, QuantScheme
 from kbitc.targets import machine
+from kbitc.targets.tuning import Schedule, Tuning
 
 FOLDERS = {"x86": "x86", "arm-neon": "neon", "cuda": "cuda", "reference": "reference"}
 SYNTAX = "host|x86[:avx2|avx512vnni|avx512vbmi]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
@@ -62,6 +63,8 @@ class Target:
         dot: the integer dot instruction that kernels use, or "" when there is none.
         registers: vector registers that a kernel may use.
         arch: GPU architecture such as "sm_90", or "".
+        tuning: schedules that were found by measuring; None for none.
+        schedule: the one for the kernel that is being made; None for the usual one.
     """
 
     name: str
@@ -77,6 +80,21 @@ class Target:
     dot: str
     registers: int
     arch: str = ""
+    tuning: Tuning | None = field(default=None, compare=False, repr=False)
+    schedule: Schedule | None = field(default=None, compare=False, repr=False)
+
+    def with_tuning(self, tuning: Tuning | None) -> Target:
+        """The same machine with other schedules."""
+        return replace(self, tuning=tuning)
+
+    def with_schedule(self, schedule: Schedule | None) -> Target:
+        """The same machine with the schedule of one kernel."""
+        return replace(self, schedule=schedule)
+
+    @property
+    def tuning_facts(self) -> dict[str, Any] | None:
+        """What a bundle records of the schedules: how many there were, and the hash of all."""
+        return None if self.tuning is None else self.tuning.facts()
 
     @property
     def variant(self) -> str:

@@ -1,4 +1,4 @@
-"""What `kbitc bench --layers` prints for people."""
+"""What `kbitc bench --layers` and `kbitc tune` print for people."""
 
 from __future__ import annotations
 
@@ -45,3 +45,18 @@ def _numbers(row: Mapping[str, Any]) -> list[str]:
         "" if base is None else f"{base:.4f}",
         "" if base is None or not row["milliseconds"] else f"{base / row['milliseconds']:.2f}x",
     ]  # fmt: skip
+
+
+def tune(result: Mapping[str, Any]) -> None:
+    """One line a class of shapes."""
+    console = _console()
+    table = _table("rule", "shape", "layers", "tried", "schedule", "speed", right=("layers", "tried", "speed"))
+    for item in result["classes"]:
+        entry = item["entry"]
+        chosen, speed = "usual", ""
+        if entry is not None:
+            chosen = ", ".join(f"{name} {value}" for name, value in entry["schedule"].items())
+            speed = f"{entry['speed']:.2f}x"
+        _row(table, item["rule"], item["shape"], str(len(item["layers"])), str(item["tried"]), chosen, speed)
+    console.print(table)
+    console.print(f"[dim]{escape(result['output'])} for {result['target']}[/dim]")

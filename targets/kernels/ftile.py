@@ -16,6 +16,7 @@ from typing import Any
 from kbitc.quant.packing import LANES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.target import Target
+from kbitc.targets.tuning import Schedule
 
 Expr = Any
 Buffer = Any
@@ -34,10 +35,12 @@ class Registers:
     Attributes:
         lanes: float32 lanes of a register, 16 at most.
         count: registers.
+        schedule: what was found by measuring; None leaves the choice to the methods here.
     """
 
     lanes: int
     count: int
+    schedule: Schedule | None = None
 
     @property
     def parts(self) -> int:
@@ -57,6 +60,8 @@ class Registers:
 
         The tile that loads least a multiply-add wins; of those nearly as good, one that divides the tiles evenly.
         """
+        if self.schedule is not None:
+            return self.schedule.rows, min(self.schedule.tiles, output_tiles)
         most = max(1, min(output_tiles, 4))
         sizes = {tiles: (self.rows(tiles), tiles) for tiles in range(1, most + 1) if tiles == 1 or self.fits(tiles)}
         reads = {tiles: 1 / rows + 1 / (tiles * self.parts) for tiles, (rows, _) in sizes.items()}
@@ -67,12 +72,12 @@ class Registers:
     @property
     def few_tiles(self) -> int:
         """16-channel tiles of the product with one row: enough chains to hide the latency of a multiply-add."""
-        return 4
+        return 4 if self.schedule is None else self.schedule.few_tiles
 
 
 def registers_of(target: Target) -> Registers:
     """The registers that float kernels use on a target."""
-    return Registers(min(target.lanes, LANES), target.registers)
+    return Registers(min(target.lanes, LANES), target.registers, target.schedule)
 
 
 class Sums:
@@ -104,7 +109,10 @@ class Sums:
             w_at: (tile, part, c) -> float32 vector.
         """
         if isinstance(length, int):
+            schedule = self.registers.schedule
             steps = max(1, min(MOST_UNROLLED, BODY // len(self.held)))
+            if schedule is not None and schedule.unroll:
+                steps = schedule.unroll
             whole, rest = divmod(length, steps)
             v.loop(whole, lambda i: self._steps(steps, v.bind(i * steps), x_at, w_at))
             self._steps(rest, v.i64(whole * steps), x_at, w_at)

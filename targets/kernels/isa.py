@@ -216,7 +216,15 @@ def _signed_byte(word: Expr, j: int, lanes: int) -> Expr:
 
 
 def isa_of(target: Target) -> Isa:
-    """The instruction set of a target; the portable one where it has no dot product."""
+    """The instruction set of a target, with its schedule; the portable one where it has no dot product."""
+    isa = _isa_of(target)
+    if target.schedule is not None:
+        isa.rows, isa.tiles = target.schedule.rows, target.schedule.tiles
+        isa.vector_tiles = target.schedule.few_tiles
+    return isa
+
+
+def _isa_of(target: Target) -> Isa:
     # Imported here: the intrinsic folders import this module.
     from kbitc.targets.neon.intrin.dotprod import Dotprod
     from kbitc.targets.x86.intrin.avx2 import Avx2

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,11 @@ from kbitc.errors import InternalError
 from kbitc.graph.edit import describe
 from kbitc.targets.lower import dims, dtypes
 from kbitc.targets.lower.calls import Calls
-from kbitc.targets.lower.contraction import Dim, PrimFunc, RelaxExpr
+from kbitc.targets.lower.contraction import Contraction, Dim, PrimFunc, RelaxExpr
 from kbitc.targets.lower.group import Group, TeTensor, compute
 from kbitc.targets.lower.values import Constant, Deferred, Expr, Index, Lazy, Tensor, Value
 from kbitc.targets.target import Target
+from kbitc.targets.tuning import scheduled
 
 # Constants up to this size stay inside the library; larger ones are parameters of main.
 SMALL_CONSTANT_BYTES = 4096
@@ -318,6 +320,16 @@ class Context:
         """A value without a kernel behind it, for dry runs."""
         kind = relax.TensorType(tuple(dims.expression(dim) for dim in shape), dtypes.storage(dtype))
         return Tensor(relax.Var("dry", kind), tuple(shape), dtype)
+
+    @contextmanager
+    def scheduled(self, rule: str, contraction: Contraction) -> Iterator[None]:
+        """The target has the schedule that was found for a contraction, while it lasts."""
+        usual = self.target
+        self.target = scheduled(usual, rule, contraction)
+        try:
+            yield
+        finally:
+            self.target = usual
 
     # Parameters and outputs of main
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from kbitc.targets.lower.context import Context, node_name
 from kbitc.targets.lower.contraction import RELU, Contraction, PostFunction, RelaxExpr
 from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Tensor
+from kbitc.targets.tuning import scheduled
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -127,10 +128,12 @@ def offer(ctx: Context, node: ir.Node, contraction: Contraction, inputs: Sequenc
         if reason is not None:
             declined.append({"rule": rule.name, "reason": reason})
             continue
-        ctx.layers.append(_facts(node, contraction, rule.name, declined))
+        facts = _facts(node, contraction, rule.name, declined)
+        schedule = scheduled(ctx.target, rule.name, contraction).schedule
+        ctx.layers.append({**facts, "schedule": None if schedule is None else asdict(schedule)})
         if ctx.dry:
             return ctx.placeholder(contraction.out_shape, contraction.out_dtype)
-        with ctx.calls.working_for(contraction.name, rule.name):
+        with ctx.calls.working_for(contraction.name, rule.name), ctx.scheduled(rule.name, contraction):
             result = rule.emit(ctx, contraction, inputs)
         if result is None:
             raise InternalError("a kernel rule gave no result", where=node_name(node), got=rule.name)
@@ -160,4 +163,5 @@ def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[di
         "out_shape": [dim if isinstance(dim, int) else str(dim) for dim in contraction.out_shape],
         "rule": rule,
         "declined": declined,
+        "conv": None if contraction.conv is None else asdict(contraction.conv),
     }

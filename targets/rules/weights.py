@@ -29,7 +29,8 @@ def quantized_weight(contraction: Contraction) -> QTensor:
 
 
 def cached(ctx: EmitContext, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-    """Build a kernel once for all contractions of the same specification."""
+    """Build a kernel once for all contractions of the same specification and schedule."""
+    key = (*key, repr(ctx.target.schedule))
     if key not in ctx.memo:
         ctx.memo[key] = make()
     return ctx.memo[key]

@@ -1,0 +1,171 @@
+"""Schedules: found by ratios within rounds, kept in a database, and without effect on any bit of a result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kbitc.errors import UsageError
+from kbitc.targets import tuning
+from kbitc.targets.lower.contraction import Contraction, ConvAttributes
+from kbitc.targets.target import host_runs, parse_target
+from kbitc.targets.trial import Trial, build_trials, made_up_weight, results_of
+from kbitc.targets.tune import FIRST, USUAL, candidates, ratios, search, tune_layers, usual_schedule
+from kbitc.targets.tuning import Entry, Schedule, Tuning, find_tuning, read_tuning, shape_class
+
+ENTRY = Entry("integer_product", "x86:avx2", "4 bits, 1 rows, 48x1x64", Schedule(2, 1, 3), 1.25)
+HOSTS = [parse_target(name) for name in ("x86:avx2", "x86:avx512vnni", "x86:avx512vbmi")]
+
+
+def _matmul(rows: int, scheme: str | None, activation: str, n: int = 80, channels: int = 64) -> Contraction:
+    weight = made_up_weight(scheme, (n, 1, channels))
+    block = 32 if activation == "int8" else 0
+    return Contraction("m", "matmul", weight, activation, (rows, channels), (rows, n), block)  # type: ignore[arg-type]
+
+
+def _conv(scheme: str | None) -> Contraction:
+    weight = made_up_weight(scheme, (40, 9, 16))
+    geometry = ConvAttributes((3, 3), pads=(0, 0, 0, 0))
+    return Contraction("c", "conv", weight, "float32", (1, 9, 9, 16), (1, 7, 7, 40), conv=geometry)
+
+
+@pytest.mark.parametrize("target", HOSTS, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "contraction"),
+    [
+        ("integer_product", _matmul(23, "int4:b32", "int8")),
+        ("integer_product", _matmul(1, "int3:b32", "int8")),
+        ("weight_only_product", _matmul(13, "int4:b32", "float32")),
+        ("float_product", _matmul(23, None, "float32")),
+        ("unpacked_conv", _conv("int4:c")),
+    ],
+    ids=["integer", "integer-row", "weight-only", "float", "unpacked"],
+)
+def test_every_schedule_gives_the_same_bits(target: Any, rule: str, contraction: Contraction) -> None:
+    reason = host_runs(target)
+    if reason is not None:
+        pytest.skip(reason)
+    tried = [item for item in candidates(rule, target, contraction) if not item.unroll]
+    assert tried and len(set(tried)) == len(tried)
+    picked = tried[:: max(1, len(tried) // 2)]
+    trials = [Trial(USUAL, contraction), *(Trial(f"s{i}", contraction, item) for i, item in enumerate(picked))]
+    built = build_trials(trials, target)
+    assert {layer["rule"] for layer in built.layers} == {rule}
+    assert len({call["kernel"] for call in built.calls if call["result"]}) == len(trials), "some kernels are the same"
+    results = results_of(built)
+    for name, result in results.items():
+        np.testing.assert_array_equal(result, results[USUAL], err_msg=name)
+
+
+def test_candidates_fit_the_registers_and_leave_out_the_usual_schedule() -> None:
+    target = parse_target("x86:avx512vnni")
+    contraction = _matmul(128, None, "float32", n=256)
+    tried = candidates("float_product", target, contraction)
+    assert usual_schedule("float_product", target, contraction) not in tried
+    assert all(item.rows * item.tiles + item.tiles + 1 <= 32 for item in tried)
+    few = candidates("integer_product", target, _matmul(1, "int4:b32", "int8", n=256))
+    assert {item.few_tiles for item in few} == {1, 2, 3, 5, 6, 7, 8}
+    assert {(item.rows, item.tiles) for item in few} == {(4, 3)}
+
+
+def test_ratios_are_those_within_a_round() -> None:
+    seconds = {FIRST: [9.0, 9.0, 9.0], USUAL: [2.0, 20.0, 4.0], "s0": [1.0, 10.0, 4.0], "s1": [4.0, 5.0, 8.0]}
+    assert ratios(seconds) == {"s0": 2.0, "s1": 0.5}
+
+
+@pytest.mark.parametrize(("first", "again", "kept"), [(0.5, 0.5, True), (0.5, 1.0, False), (1.0, 0.5, False)])
+def test_what_is_fastest_has_to_be_faster_twice(first: float, again: float, kept: bool) -> None:
+    asked: list[Sequence[Trial]] = []
+
+    def timer(trials: Sequence[Trial], target: Any) -> dict[str, list[float]]:
+        asked.append(trials)
+        own = first if len(asked) == 1 else again
+        return {trial.name: [own if trial.name == "s3" else 1.0] * 4 for trial in trials}
+
+    target, contraction = parse_target("x86:avx512vnni"), _matmul(64, "int4:b32", "int8")
+    entry, tried = search("integer_product", target, contraction, "some", timer)
+    assert tried == len(asked[0]) - 2
+    assert (entry is not None) is kept
+    if entry is not None:
+        assert entry == Entry("integer_product", target.name, "some", asked[0][5].schedule, 1 / again)
+    if first < 1:
+        assert [trial.name for trial in asked[1]] == [FIRST, USUAL, "s3"]
+
+
+def test_equal_layers_are_searched_once_and_unknown_sizes_are_left_out() -> None:
+    layer = {"name": "a", "kind": "matmul", "rule": "integer_product", "activation": "int8", "weight": "int4:b32",
+             "weight_shape": [64, 1, 64], "x_shape": ["rows", 64], "out_shape": ["rows", 64], "conv": None}  # fmt: skip
+    layers = [layer, {**layer, "name": "b"}, {**layer, "x_shape": ["rows*2", 64], "out_shape": ["rows*2", 64]},
+              {**layer, "rule": "softmax"}]  # fmt: skip
+    opened: list[bool] = []
+
+    def timer(trials: Sequence[Trial], target: Any) -> dict[str, list[float]]:
+        opened.extend(trial.open_rows for trial in trials)
+        return {trial.name: [1.0] for trial in trials}
+
+    (found,) = tune_layers(layers, parse_target("x86:avx2"), {"rows": 64}, timer=timer)
+    assert (found["layers"], found["shape"], found["entry"]) == (["a", "b"], "4 bits, any rows, 64x1x64", None)
+    assert opened and all(opened)
+
+
+def test_a_database_is_read_back_and_later_entries_replace_earlier(tmp_path: Path) -> None:
+    later = replace(ENTRY, schedule=Schedule(8, 2, 4, 2))
+    made = Tuning([ENTRY]).merged([later, replace(ENTRY, rule="float_product")])
+    (tmp_path / "tuned.json").write_text(made.text())
+    read = read_tuning(tmp_path / "tuned.json")
+    assert read.text() == made.text() and len(read) == 2
+    assert read.find(*ENTRY.key) == later.schedule
+    assert read.find("integer_product", "x86:avx512vnni", ENTRY.shape) is None
+    assert Tuning().facts() is None and made.facts() == read.facts()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"version": 2, "entries": []}', "not a database"),
+        ('{"version": 1, "entries": [{"rule": "r"}]}', "needs rule"),
+        ('{"version": 1, "entries": [{"rule": "r", "target": "t", "shape": "s", "schedule": {"rows": 1}}]}',
+         "not a schedule"),
+        ('{"version": 1, "entries": [{"rule": "r", "target": "t", "shape": "s",'
+         ' "schedule": {"rows": 1, "tiles": 0, "few_tiles": 1}}]}', "at least one"),
+    ],
+)  # fmt: skip
+def test_a_damaged_database_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tuned.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_tuning(tmp_path / "tuned.json")
+
+
+def test_the_cache_goes_over_what_ships_and_none_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped, own = tmp_path / "shipped.json", tmp_path / "cache" / "kbitc" / "tuned.json"
+    own.parent.mkdir(parents=True)
+    monkeypatch.setattr(tuning, "SHIPPED", shipped)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert len(find_tuning(None)) == 0
+    shipped.write_text(Tuning([ENTRY, replace(ENTRY, rule="float_product")]).text())
+    own.write_text(Tuning([replace(ENTRY, schedule=Schedule(6, 1, 1))]).text())
+    found = find_tuning(None)
+    assert len(found) == 2 and found.find(*ENTRY.key) == Schedule(6, 1, 1)
+    assert len(find_tuning(Path("none"))) == 0
+    assert find_tuning(shipped).find(*ENTRY.key) == ENTRY.schedule
+    with pytest.raises(UsageError, match="cannot read"):
+        find_tuning(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [((1,), "1 rows"), ((1, 15), "few rows"), ((4, 4), "many rows"), (("batch", 4), "any rows")]
+)
+def test_classes_of_rows(rows: tuple[Any, ...], expected: str) -> None:
+    assert shape_class(4, rows, (48, 1, 64)) == f"4 bits, {expected}, 48x1x64"
+
+
+def test_the_database_is_plain_json() -> None:
+    data = json.loads(Tuning([ENTRY]).text())
+    assert data["entries"][0]["schedule"] == {"rows": 2, "tiles": 1, "few_tiles": 3, "unroll": 0}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 import tempfile
 import time
@@ -86,6 +87,7 @@ def quantize_nbits(source: Path, made: Path) -> None:
     """MatMulNBits with 4 bits and int8 arithmetic."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger(MatMulNBitsQuantizer.__module__).setLevel(logging.WARNING)
     quantizer = MatMulNBitsQuantizer(onnx.load(source), block_size=BLOCK, is_symmetric=True, accuracy_level=4)
     quantizer.process()
     quantizer.model.save_model_to_file(str(made))
@@ -207,7 +209,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(CASES[name], given.rounds, Path(folder)))
     if given.save:
-        print(harness.save("whole", rows, threads=1))
+        print(harness.save("whole", [*kept([row["case"] for row in rows]), *rows], threads=1))
+
+
+def kept(measured: list[str]) -> list[dict[str, Any]]:
+    """Rows of the results file of networks that were not measured now."""
+    path = harness.RESULTS / "whole.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    return [row for row in known if row["case"] not in measured]
 
 
 if __name__ == "__main__":

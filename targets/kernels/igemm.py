@@ -18,6 +18,7 @@ from tvm import tirx
 
 from kbitc.quant.packing import GROUP, LANES, UNIT, packed_shape
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
@@ -166,7 +167,8 @@ class _Generator:
             # An image has as many rows as pixels, however many images there are.
             least = prod(dim for dim in rows.out_shape if isinstance(dim, int))
             least = least if isinstance(rows, ConvRows) else 0
-            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, least)
+            ahead = ahead_of([self.packed])
+            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, least, ahead)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from its bias to its results in memory."""

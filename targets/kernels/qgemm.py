@@ -22,6 +22,7 @@ from tvm import tirx
 
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, per_vector
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_bias, declare_weight
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
@@ -116,6 +117,7 @@ class _Generator:
                 self.isa.vector_tiles,
                 spec.output_tiles,
                 self._tile,
+                ahead=ahead_of([self.args.weight.packed, self.args.weight.scales]),
             )
 
     def _arguments(self, dims: v.DimVars) -> Callable[[], _Arguments]:

@@ -10,6 +10,7 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import LANES
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.ahead import Ahead
 from kbitc.targets.lower.contraction import PostFunction
 
 Expr = Any
@@ -56,6 +57,7 @@ def row_tasks(
     output_tiles: int,
     body: Callable[[Expr, int, Expr, int], None],
     least: int = 0,
+    ahead: Ahead | None = None,
 ) -> None:
     """Cover [rows, 16-channel tiles] with register tiles in parallel.
 
@@ -70,32 +72,40 @@ def row_tasks(
         output_tiles: 16-channel tiles in all.
         body: emits a register tile (first row, rows, first tile, tiles).
         least: rows that there are if there are any; spares the code for fewer than `tile[0]`.
+        ahead: weights to fetch before they are read, where there are more row tiles than one.
     """
     if isinstance(rows, int):
         few = rows == 1
-        _tasks(rows, 1 if few else min(rows, tile[0]), few_tiles if few else tile[1], output_tiles, body)
+        _tasks(rows, 1 if few else min(rows, tile[0]), few_tiles if few else tile[1], output_tiles, body, ahead)
         return
     if least >= tile[0]:
-        _tasks(rows, *tile, output_tiles, body)
+        _tasks(rows, *tile, output_tiles, body, ahead)
         return
     v.when(
         rows < v.i64(tile[0]),
         lambda: _tasks(rows, 1, few_tiles, output_tiles, body),
-        lambda: _tasks(rows, *tile, output_tiles, body),
+        lambda: _tasks(rows, *tile, output_tiles, body, ahead),
     )
 
 
 def _tasks(
-    rows: Expr, tile_rows: int, channels: int, output_tiles: int, body: Callable[[Expr, int, Expr, int], None]
-) -> None:
-    """Parallel tasks: a run of row tiles by a group of weight tiles. There are at least `tile_rows` rows."""
+    rows: Expr, tile_rows: int, channels: int, output_tiles: int, body: Callable[[Expr, int, Expr, int], None],
+    ahead: Ahead | None = None,
+) -> None:  # fmt: skip
+    """Parallel tasks: a run of row tiles by a group of weight tiles. There are at least `tile_rows` rows.
+
+    Weights that do not stay in the cache are read once: all rows of a group come before the next group.
+    """
     groups = -(-output_tiles // channels)
     whole = rows // tile_rows if isinstance(rows, int) else tirx.truncdiv(rows, v.i64(tile_rows))
     run = min(whole, TASK_ROW_TILES) if isinstance(whole, int) else TASK_ROW_TILES
     runs = -(-whole // run) if isinstance(whole, int) else tirx.truncdiv(whole + (run - 1), v.i64(run))
     exact = tile_rows == 1 or (isinstance(rows, int) and rows % tile_rows == 0)
+    far = ahead is not None and ahead.far and groups > 1 and not (isinstance(whole, int) and whole == 1)
 
     def row_tile(i: Expr, start: Expr, group: Expr) -> None:
+        if ahead is not None and far:
+            ahead.fetch(v.bind(start + i), whole, group, channels)
         if exact and isinstance(whole, int) and whole == run:
             _group(v.bind((start + i) * tile_rows), tile_rows, group, channels, output_tiles, body)
             return
@@ -109,8 +119,9 @@ def _tasks(
         )
 
     with builder.parallel(v.i64(0), v.i64(runs * groups)) as task:
-        group = v.bind(tirx.truncmod(task, v.i64(groups))) if groups > 1 else v.i64(0)
-        start = v.bind(tirx.truncdiv(task, v.i64(groups)) * run)
+        inner = runs if far else groups
+        outer, last = v.bind(tirx.truncdiv(task, v.i64(inner))), v.bind(tirx.truncmod(task, v.i64(inner)))
+        group, start = (outer, v.bind(last * run)) if far else (last, v.bind(outer * run))
         v.loop(run if exact else run + 1, lambda i: row_tile(i, start, group))
 
 

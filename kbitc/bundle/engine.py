@@ -226,6 +226,10 @@ class Engine:
         function: Callable[..., Any] = self._ffi.get_global_func("testing.nop")
         return function
 
+    def release_pool(self) -> None:
+        """Give memory that no tensor holds back: TVM keeps what a run has freed, by size, for the next run."""
+        self._ffi.get_global_func("vm.builtin.memory_manager.clear")()
+
     def synchronize(self) -> None:
         """Wait until the device has finished."""
         if self.device != "cpu":

@@ -63,6 +63,7 @@ class Model:
         # One range around all weights; they are neighbours in the mapped file.
         self._weights_extent = (min(low for low, _ in extents), max(high for _, high in extents)) if extents else (0, 0)
         self._busy = threading.Lock()
+        self._shapes: list[tuple[int, ...]] = []
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model.
@@ -79,6 +80,7 @@ class Model:
         arrays = check_feeds(self.inputs, feeds)
         with self._busy:
             set_threads(self.threads)
+            self._fit_pool([array.shape for array in arrays])
             results = self._run(self.device_arguments(arrays))
             return self._host_outputs(arrays, results)
 
@@ -100,9 +102,16 @@ class Model:
         """Run on device arguments and wait for the end; for timing, without checks and copies."""
         with self._busy:
             set_threads(self.threads)
+            self._fit_pool([tuple(tensor.shape) for tensor in arguments[: len(self.inputs)]])
             results = self._run(arguments)
             self._engine.synchronize()
             return results
+
+    def _fit_pool(self, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Drop the memory of runs of other shapes: buffers of other sizes would only pile up beside it."""
+        if shapes != self._shapes:
+            self._engine.release_pool()
+            self._shapes = list(shapes)
 
     def _run(self, arguments: Sequence[Any]) -> list[Any]:
         try:

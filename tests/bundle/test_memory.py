@@ -42,7 +42,7 @@ def test_memory_does_not_add_up_over_shapes(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_a_run_of_another_shape_gives_old_buffers_back(bundle: Path, monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
+def test_another_shape_gives_old_buffers_back(bundle: Path, monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
     from kbitc.bundle.engine import Engine
     from kbitc.bundle.runtime import check_feeds, load
 

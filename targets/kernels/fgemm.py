@@ -119,7 +119,7 @@ class _Generator:
         with v.root():
             self.x = v.view(x, (self.rows.source_rows * self.width,), "float32")
             self.out = v.view(out, (self.rows.count, spec.outputs), "float32")
-            row_tasks(self.rows.count, shape, few, tiles, self._tile)
+            row_tasks(self.rows.count, shape, few, tiles, self._tile, self.rows.least)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from zero to its results in memory."""

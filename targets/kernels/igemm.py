@@ -11,7 +11,6 @@ the sum of every block is multiplied by its factor before it is added.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -165,10 +164,8 @@ class _Generator:
             ]
             few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
             # An image has as many rows as pixels, however many images there are.
-            least = prod(dim for dim in rows.out_shape if isinstance(dim, int))
-            least = least if isinstance(rows, ConvRows) else 0
             ahead = ahead_of([self.packed])
-            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, least, ahead)
+            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, rows.least, ahead)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from its bias to its results in memory."""

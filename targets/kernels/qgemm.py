@@ -117,7 +117,8 @@ class _Generator:
                 self.isa.vector_tiles,
                 spec.output_tiles,
                 self._tile,
-                ahead=ahead_of([self.args.weight.packed, self.args.weight.scales]),
+                self.rows.least,
+                ahead_of([self.args.weight.packed, self.args.weight.scales]),
             )
 
     def _arguments(self, dims: v.DimVars) -> Callable[[], _Arguments]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 from tvm import tirx
@@ -37,6 +38,11 @@ class MatmulRows:
     def count(self) -> Dim:
         """M, the number of output rows."""
         return v.product(self.lead)
+
+    @property
+    def least(self) -> int:
+        """Rows that there are if there are any."""
+        return _least(self.lead)
 
     @property
     def source_shape(self) -> tuple[Dim, ...]:
@@ -112,6 +118,11 @@ class ConvRows:
         return v.product(self.out_shape)
 
     @property
+    def least(self) -> int:
+        """Pixels that there are if there are any."""
+        return _least(self.out_shape)
+
+    @property
     def source_shape(self) -> tuple[Dim, ...]:
         """Leading dimensions of the activation with its border."""
         return self.batch, self.padded_height, self.padded_width
@@ -140,3 +151,7 @@ class ConvRows:
         across = self.attributes.kernel[1]
         down_step, across_step = self.attributes.dilations
         return (tap // across) * (down_step * self.padded_width) + (tap % across) * across_step
+
+
+def _least(shape: tuple[Dim, ...]) -> int:
+    return prod(dim for dim in shape if isinstance(dim, int))

@@ -71,7 +71,8 @@ def row_tasks(
             (known now: only when there is one row).
         output_tiles: 16-channel tiles in all.
         body: emits a register tile (first row, rows, first tile, tiles).
-        least: rows that there are if there are any; spares the code for fewer than `tile[0]`.
+        least: rows that there are if there are any; spares the code for fewer than `tile[0]`, in which the
+            number of rows would be known to be 0, and TVM stops at divisions by it.
         ahead: weights to fetch before they are read, where there are more row tiles than one.
     """
     if isinstance(rows, int):

@@ -122,7 +122,8 @@ class _Generator:
             self.x = v.view(x, (rows.count, spec.channels), "float32")
             self.out = v.view(out, (rows.count, spec.outputs), "float32")
             self.decoder = Decoder(spec, self.isa, weight)
-            row_tasks(rows.count, (self.isa.rows, self.isa.tiles), self.isa.vector_tiles, spec.output_tiles, self._tile)
+            shape = self.isa.rows, self.isa.tiles
+            row_tasks(rows.count, shape, self.isa.vector_tiles, spec.output_tiles, self._tile, rows.least)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from zero to its results in memory."""

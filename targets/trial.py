@@ -76,7 +76,7 @@ def build_trials(trials: Sequence[Trial], target: Target) -> Built:
         ctx.builder.emit_func_output(relax.Tuple(outputs), params=[*inputs, *ctx.weight_parameters()])
     module, kernels = schedule(ctx.builder.finalize(), target, target.schedule_rules())
     return Built(
-        compile_module(module, target), ctx.weights, tuple(described), tuple(results), tuple(ctx.layers),
+        target, compile_module(module, target), ctx.weights, tuple(described), tuple(results), tuple(ctx.layers),
         tuple(kernels), tuple(call.as_json() for call in ctx.calls.records),
     )  # fmt: skip
 

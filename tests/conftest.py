@@ -11,8 +11,12 @@ from pathlib import Path
 
 import fetch
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
+# How long an example takes says how busy the machine is.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 

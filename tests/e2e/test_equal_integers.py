@@ -28,7 +28,7 @@ def test_a_network_of_integers_is_equal(tmp_path: Path) -> None:
 
 
 def test_an_encoder_of_integers_is_equal(tmp_path: Path) -> None:
-    weights = {"table": noise(20, 16), "places": noise(1, 6, 16) / 4, **NORMS}
+    weights = {"table": noise(20, 16), "where": noise(1, 6, 16) / 4, **NORMS}
     weights |= {name if name in "abc" else f"{name}0": array for name, array in WEIGHTS.items()}
     report = kbitc.compile(
         proto(ENCODER, weights), tmp_path / "m.kbit", bits=8, integer_only=True, calibration=encoder_feeds()

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.graph import functions
+from kbitc.graph.integer_nonlinear import powers
 from kbitc.graph.shapes import infer_shapes
 from kbitc.quant.packing import pack_dense
 
@@ -179,4 +180,22 @@ def transformer(batch: int | str = 2, length: int | str = 13, width: int = 48, h
         "Table", g.matmul(summed, g.weight(width, 70), 70, width), g.random.integers(0, 256, 256).astype(np.uint8)
     )
     outer = g.matmul(inner, g.weight(70, width), width, 70)
-    return g.finish(x, [g.node("DequantizeLinear", outer, scale, np.array(128, np.uint8))])
+    tail = [g.node("DequantizeLinear", value, scale) for value in _statistics(g, outer, width)]
+    return g.finish(x, [g.node("DequantizeLinear", outer, scale, np.array(128, np.uint8)), *tail])
+
+
+def _statistics(g: Graph, codes: ir.Value, width: int) -> list[ir.Value]:
+    """What an integer-only graph computes on int32 numbers beside normalizations: u8 [B, L, C] -> i32."""
+    wide = [np.array(number, np.int64) for number in (1, 1 << 14, 1 << 29)]
+    number = g.node("Sub", g.node("Cast", codes, to=6), 128)
+    gain = g.random.integers(2**29, 2**30, width).astype(np.int32)
+    rms = g.node("IntegerRMSNorm", number, gain, wide[0], 32)
+    axes = np.array([1], np.int64)
+    sizes = g.node("Gather", g.node("Shape", rms), axes)
+    count = g.node("ReduceProd", sizes, keepdims=0)
+    mean = g.node("IntegerSum", rms, axes, wide[1], count, wide[2], keepdims=0)
+    length = g.node("IntegerReduceL2", rms, np.array([2], np.int64), np.array(4, np.int64), keepdims=1)
+    unit = g.node("IntegerQuotient", rms, length, wide[1], wide[0], wide[2])
+    power = g.node("IntegerExp", rms, 9000, 1_400_000_000, 32, powers())
+    root = g.node("IntegerSqrt", power, np.array(1 << 20, np.int64))
+    return [mean, unit, root]

@@ -2,6 +2,7 @@
 
     python examples/accuracy/solvers.py minilm cls rec          3 and 4 bits, blocks of 32, float activations
     python examples/accuracy/solvers.py minilm --peers          the quantizers of peers.py too, where they import
+    python examples/accuracy/solvers.py minilm cls --schemes int4:b64 nf4:b64 fp4:b64 --rows rtn
     python examples/accuracy/solvers.py --table                 print results/solvers.json
 
 Everybody calibrates on `task.calibration` and is judged on `task.batches`, which hold other samples: the ratio of
@@ -108,26 +109,25 @@ def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dic
     }
 
 
-def compare(name: str, bits: Sequence[int], peers: bool, rows: Sequence[str]) -> None:
-    """Measure one task and write every result as soon as it is there."""
+def compare(name: str, schemes: Sequence[str], bits: Sequence[int], rows: Sequence[str]) -> None:
+    """Measure our `rows` of every scheme and the peers at so many bits; every result is written as it is there."""
     task = TASKS[name]()
     floats = list(stream_onnx(task.model, task.batches))
     reference = first_outputs(floats)
     keep(name, "float", {"score": round(task.measure(floats), 4)})
     ours = Kbitc(task)
     jobs: dict[str, Callable[[Path], None]] = {}
+    for scheme in schemes:
+        for row in rows:
+            jobs[f"{scheme} {row}"] = partial(ours.write, scheme=scheme, row=ROWS[row])
     for width in bits:
-        for scheme in (f"int{width}:b{BLOCK}", f"uint{width}:b{BLOCK}:zp") if peers else (f"int{width}:b{BLOCK}",):
-            for row in rows:
-                jobs[f"{scheme} {row}"] = partial(ours.write, scheme=scheme, row=ROWS[row])
-    for width in bits if peers else ():
         for peer, write in PEERS.items():
             jobs[f"{peer}, {width} bits"] = partial(_peer, write, task, width)
     for label, make in jobs.items():
         try:
             keep(name, label, measure(task, reference, make))
         except Exception as error:
-            if label.startswith(("int", "uint")):
+            if label.startswith(tuple(schemes)):
                 raise
             keep(name, label, {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"})
 
@@ -157,6 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare solvers on real models.")
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
+    parser.add_argument("--schemes", nargs="+", metavar="SCHEME", help="in place of int at these bits, blocks of 32")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--peers", action="store_true", help="other quantizers, and ours with zero points too")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
@@ -164,8 +165,10 @@ def main() -> None:
     for name in arguments.tasks:
         if name not in TASKS:
             parser.error(f"unknown task {name!r}")
+    forms = ("int{}:b{}", "uint{}:b{}:zp") if arguments.peers else ("int{}:b{}",)
+    schemes = arguments.schemes or [form.format(width, BLOCK) for width in arguments.bits for form in forms]
     for name in arguments.tasks:
-        compare(name, arguments.bits, arguments.peers, arguments.rows)
+        compare(name, schemes, arguments.bits if arguments.peers else (), arguments.rows)
     if arguments.table or not arguments.tasks:
         table()
 

@@ -12,15 +12,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-
 from kbitc import catalog
 from kbitc.errors import UnsupportedError, UsageError
-from kbitc.graph import ops
 from kbitc.options import DEFAULT_FORM, CompileOptions, Method
-from kbitc.quant.plan import INT8, UINT8, QuantPlan, read_plan
+from kbitc.quant.plan import UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
-from kbitc.report import Report, WeightReport, weight_report, with_packed_sizes
+from kbitc.report import Report, WeightReport, with_packed_sizes
 from kbitc.trace import Trace
 
 if TYPE_CHECKING:
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
     from kbitc.bundle.writer import Staging
     from kbitc.importer.batches import Batches
     from kbitc.never_slower import Compared
-    from kbitc.passes.solve import Solved
     from kbitc.passes.verify.accuracy import References
     from kbitc.passes.verify.score import Score
     from kbitc.planner import Planner
@@ -212,7 +208,8 @@ def quantize_prepared(
     """Stages 6 and 7."""
     from kbitc.graph import legality
     from kbitc.graph.text import model_text
-    from kbitc.passes.solve import solve_weights
+    from kbitc.passes.rewrite.pipeline import rewrite
+    from kbitc.passes.solve import account, solve_weights
     from kbitc.passes.verify.accuracy import HELD_BYTES, reference_runs
     from kbitc.static import plan_static
 
@@ -304,6 +301,7 @@ def make_planner(
 ) -> tuple[Planner, dict[str, str]]:  # fmt: skip
     """Stage 5; also the view of every planned tensor. Weights that were slower than float when compared stay float."""
     from kbitc.passes.allocate.uniform import accepted_by
+    from kbitc.passes.rewrite.pipeline import rewrite
     from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.score import make_judge
     from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
@@ -328,45 +326,6 @@ def make_planner(
             return score(references.original, references.quantized)
 
         return budget_planner(model, base, prepared.feeds, options, accepts, others, judge), kinds
-
-
-def account(solved: Solved, plan: QuantPlan, kinds: dict[str, str]) -> tuple[WeightReport, ...]:
-    """The account of every weight."""
-    reports = []
-    for entry in plan.entries:
-        weight = solved.model.graph.initializers[entry.tensor].const_value
-        if weight is None or 0 in entry.shape:
-            continue
-        view = np.asarray(ops.to_view(weight.numpy(), kinds[entry.tensor]), np.float32)
-        reports.append(weight_report(entry, view, solved.tensors.get(entry.tensor), solved.fits.get(entry.tensor)))
-    return tuple(reports)
-
-
-def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds: dict[str, str]) -> ir.Model:
-    """Stage 7, on a copy of the graph that shares the weights."""
-    from kbitc.graph.functions import add_functions
-    from kbitc.passes.rewrite.quantize_activations import quantize_activations
-    from kbitc.passes.rewrite.quantize_static import quantize_static
-    from kbitc.passes.rewrite.quantize_weights import quantize_weights
-
-    copy = model.clone()
-    needed = quantize_activations(copy, activation_blocks(plan, tensors))
-    if plan.static is not None:
-        needed += quantize_static(copy, plan.static, tensors)
-    tensors = {name: tensor for name, tensor in tensors.items() if name in copy.graph.initializers}
-    needed += quantize_weights(copy, tensors, kinds)
-    add_functions(copy, needed, copy.graph.opset_imports[""])
-    return copy
-
-
-def activation_blocks(plan: QuantPlan, tensors: dict[str, QTensor]) -> dict[str, int]:
-    """Node -> elements that share a scale of its run-time quantized activation."""
-    return {
-        node: tensors[entry.tensor].block
-        for entry in plan.quantized()
-        if entry.activation == INT8
-        for node in entry.nodes
-    }
 
 
 def staged_modules(staging: Staging, built: Built) -> list[Callable[..., Any]]:

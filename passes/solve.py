@@ -21,7 +21,7 @@ from kbitc.quant.metrics import sqnr_db
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.plan import QuantPlan
 from kbitc.quant.tensor import QTensor
-from kbitc.report import Fit
+from kbitc.report import Fit, WeightReport, weight_report
 
 FloatArray = npt.NDArray[np.float32]
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -179,3 +179,15 @@ class _Work:
             array = ops.from_view(tensor.dequantize(), self.kinds[name], shape)
             value.const_value = ir.Tensor(np.ascontiguousarray(array), name=name)
         return copy
+
+
+def account(solved: Solved, plan: QuantPlan, kinds: Mapping[str, str]) -> tuple[WeightReport, ...]:
+    """The account of every weight."""
+    reports = []
+    for entry in plan.entries:
+        weight = solved.model.graph.initializers[entry.tensor].const_value
+        if weight is None or 0 in entry.shape:
+            continue
+        view = np.asarray(ops.to_view(weight.numpy(), kinds[entry.tensor]), np.float32)
+        reports.append(weight_report(entry, view, solved.tensors.get(entry.tensor), solved.fits.get(entry.tensor)))
+    return tuple(reports)

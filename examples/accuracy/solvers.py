@@ -36,6 +36,7 @@ from kbitc.importer.files import write_model
 from kbitc.importer.signature import parse_shape
 from kbitc.options import from_arguments
 from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.quant.moments import InputMoments
 from kbitc.targets.target import parse_target
@@ -87,7 +88,7 @@ class Kbitc:
         plan, kinds = driver.make_plan(self.model, options, parse_target(options.target))
         feeds = self.task.calibration if calibrated else ()
         solved = solve_weights(self.model, plan, kinds, options.method(calibrated), feeds, memo=self.memo)
-        write_model(driver.rewrite(solved.model, plan, solved.tensors, kinds), out)
+        write_model(rewrite(solved.model, plan, solved.tensors, kinds), out)
 
 
 def _peer(write: Write, task: Task, bits: int, out: Path) -> None:

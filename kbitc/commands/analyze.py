@@ -20,6 +20,7 @@ from kbitc.passes.allocate.survey import survey
 from kbitc.passes.allocate.uniform import accepted_by
 from kbitc.passes.analyze.layers import LayerAnalysis, analyze_layers, noise_db
 from kbitc.passes.analyze.matching import DEPARTS_DB, Match, first_departure, match
+from kbitc.passes.rewrite.pipeline import activation_blocks, rewrite
 from kbitc.passes.rewrite.quantize_activations import quantize_activations
 from kbitc.passes.solve import solve_weights
 from kbitc.planner import MEASURED_WITH, SOLVERS
@@ -68,7 +69,7 @@ def analyze_model(
         tensors = solve_weights(prepared.original, plan, kinds, Method(MEASURED_WITH)).tensors
         layers, all_weights = analyze_layers(problem, tensors, noise)
     with trace.stage("values along the graph"):
-        quantized = driver.rewrite(prepared.original, plan, tensors, kinds)
+        quantized = rewrite(prepared.original, plan, tensors, kinds)
         matches, activations = match(prepared.original, quantized, plan, prepared.feeds)
     with trace.stage("plans of other widths"):
         asked = bench.run(plan)
@@ -134,7 +135,7 @@ class _Bench:
             session = Session(model)
             self._float = [session.run(feed) for feed in feeds]
         if weights:
-            session = Session(driver.rewrite(model, plan, tensors, self._kinds))
+            session = Session(rewrite(model, plan, tensors, self._kinds))
         else:
             session = Session(_rounded(model, plan, tensors))
         return compare(self._float, [session.run(feed) for feed in feeds])
@@ -143,7 +144,7 @@ class _Bench:
 def _rounded(model: ir.Model, plan: QuantPlan, tensors: Mapping[str, QTensor]) -> ir.Model:
     """The float model with the activations of the plan rounded at run time."""
     copy = model.clone()
-    needed = quantize_activations(copy, driver.activation_blocks(plan, dict(tensors)))
+    needed = quantize_activations(copy, activation_blocks(plan, dict(tensors)))
     add_functions(copy, needed, copy.graph.opset_imports[""])
     return copy
 

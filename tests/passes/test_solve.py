@@ -13,7 +13,8 @@ from kbitc import driver
 from kbitc.errors import UsageError
 from kbitc.graph.evaluate import Session
 from kbitc.options import Method, from_arguments
-from kbitc.passes.solve import solve_weights
+from kbitc.passes.rewrite.pipeline import rewrite
+from kbitc.passes.solve import account, solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.targets.target import parse_target
 from tests.support.onnx_text import Array, model, noise, proto
@@ -48,7 +49,7 @@ def error(made: ir.Model, method: Method, calibrated: bool = True) -> float:
     """Mean squared error of y on inputs that were not calibrated with."""
     plan, kinds = planned(made)
     solved = solve_weights(made, plan, kinds, method, feeds() if calibrated else ())
-    quantized = Session(driver.rewrite(solved.model, plan, solved.tensors, kinds))
+    quantized = Session(rewrite(solved.model, plan, solved.tensors, kinds))
     reference = Session(made)
     return float(np.mean([(quantized.run(feed)["y"] - reference.run(feed)["y"]) ** 2 for feed in feeds(4, seed=1)]))
 
@@ -87,10 +88,10 @@ def test_the_account_says_what_the_solver_won() -> None:
     made = small()
     plan, kinds = planned(made)
     solved = solve_weights(made, plan, kinds, Method("gptq"), feeds())
-    for item in driver.account(solved, plan, kinds):
+    for item in account(solved, plan, kinds):
         found = item.as_json()
         assert found["solver"] == "gptq" and found["output_sqnr_db"] > found["rtn_output_sqnr_db"]
-    free = driver.account(solve_weights(made, plan, kinds, Method("rtn")), plan, kinds)
+    free = account(solve_weights(made, plan, kinds, Method("rtn")), plan, kinds)
     assert all("output_sqnr_db" not in item.as_json() for item in free)
 
 

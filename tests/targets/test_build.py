@@ -17,6 +17,7 @@ from kbitc.importer import load_model
 from kbitc.importer.feeds import sample_feeds
 from kbitc.options import Method, from_arguments
 from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.targets.build import build
 from kbitc.targets.cpu.codegen import LEAST_KERNELS, PARTS, divided
@@ -41,7 +42,7 @@ def quantized_model(scheme: str, activations: str = "dynamic") -> ir.Model:
     options = from_arguments(scheme=scheme, activations=activations, target="reference")
     plan, kinds = driver.make_plan(model, options, target)
     tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
-    return driver.rewrite(model, plan, tensors, kinds)
+    return rewrite(model, plan, tensors, kinds)
 
 
 def test_the_same_input_gives_the_same_bytes() -> None:

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 
-from kbitc import catalog, driver
+from kbitc import catalog
 from kbitc.bundle.weights import ALIGNMENT, padded_size
 from kbitc.graph.evaluate import Session
 from kbitc.options import Method
@@ -18,6 +18,7 @@ from kbitc.passes.allocate.allocators import second_order, sensitivity
 from kbitc.passes.allocate.choices import Problem, stored_bytes, weight_bits
 from kbitc.passes.allocate.knapsack import solve
 from kbitc.passes.allocate.probe import Probe
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.planner import ALLOCATORS
 from kbitc.quant.metrics import compare
@@ -74,7 +75,7 @@ def test_counted_bytes_are_those_of_the_lowered_arrays(target: str, activation: 
     kinds = {layer.candidate.tensor: layer.candidate.kind for layer in problem.layers}
     for index in (0, 1, 5):
         plan = problem.plan((index,) * 6)
-        quantized = driver.rewrite(
+        quantized = rewrite(
             problem.model, plan, solve_weights(problem.model, plan, kinds, Method("rtn")).tensors, kinds
         )
         stored = lower(quantized, parse_target(target)).weights
@@ -142,7 +143,7 @@ def test_measured_noise_is_that_of_the_model_with_this_weight_alone() -> None:
         assert scheme is not None
         tensor = problem.quantize(problem.weight(layer), scheme)
         plan = replace(problem.plan((1,) * 6), entries=(replace(layer.choices[1].entry, activation="float32"),))
-        alone = driver.rewrite(problem.model, plan, {name: tensor}, {name: layer.candidate.kind})
+        alone = rewrite(problem.model, plan, {name: tensor}, {name: layer.candidate.kind})
         original, found = ([Session(model).run(feed) for feed in problem.feeds] for model in (problem.model, alone))
         ratios = [10 ** (-item.sqnr_db / 10) if item.max_error else 0.0 for item in compare(original, found).values()]
         assert row[1] == pytest.approx(np.mean(ratios), rel=1e-4), name

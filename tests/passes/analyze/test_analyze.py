@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kbitc import driver
 from kbitc.options import Method
 from kbitc.passes.allocate.allocators import sensitivity
 from kbitc.passes.analyze.layers import analyze_layers, count, noise_db, theoretical_noise, weight_histogram
 from kbitc.passes.analyze.matching import activation_histogram, first_departure, match, watched
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.passes.solvers import rtn
 from kbitc.quant.scheme import QuantScheme
@@ -85,7 +85,7 @@ def test_equal_models_match_everywhere_and_a_broken_weight_departs_there() -> No
     assert {item.sqnr_db for item in matches} == {200.0} and first_departure(matches) is None
     tensors = solve_weights(problem.model, plan, kinds, Method("rtn")).tensors
     broken = rtn.solve(0 * problem.weight(problem.layers[2]), QuantScheme.parse("int8:b32"))
-    quantized = driver.rewrite(problem.model, plan, {**tensors, "point": broken}, kinds)
+    quantized = rewrite(problem.model, plan, {**tensors, "point": broken}, kinds)
     matches, activations = match(problem.model, quantized, plan, problem.feeds)
     found = first_departure(matches)
     assert found is not None and found.node == "conv2" and found.sqnr_db == pytest.approx(0.0, abs=1e-6)

@@ -15,6 +15,7 @@ from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.equalize import Setting
 from kbitc.passes.equalize._channels import input_peaks, output_peaks
 from kbitc.passes.equalize.hadamard import hadamard, turn
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.targets.target import parse_target
 from tests.support.onnx_text import Array, assert_same, model, noise
@@ -173,7 +174,7 @@ def test_awq_and_smoothquant_lower_the_error_where_channels_differ() -> None:
     errors = {}
     for method in (Method("rtn"), Method("awq", ("awq",)), Method("rtn", ("awq",))):
         solved = solve_weights(subject, base.plan, base.kinds, method, base.feeds)
-        quantized = Session(driver.rewrite(solved.model, base.plan, solved.tensors, dict(base.kinds)))
+        quantized = Session(rewrite(solved.model, base.plan, solved.tensors, dict(base.kinds)))
         errors[str(method)] = sum(
             float(((quantized.run(feed)["y"] - evaluate(subject, feed)["y"]) ** 2).sum()) for feed in base.feeds
         )

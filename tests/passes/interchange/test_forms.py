@@ -21,6 +21,7 @@ from kbitc.options import Method
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.interchange import compressed_tensors, matmulnbits, qdq
 from kbitc.passes.interchange._export import Export, widened
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.passes.solvers import rtn
 from kbitc.quant.scheme import QuantScheme
@@ -36,7 +37,7 @@ def _export(form: str, **chosen: Any) -> Export:
     made = options.from_arguments(form=form, **chosen)
     plan, kinds = driver.make_plan(model, made, parse_target("reference"))
     tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
-    return Export(model, driver.rewrite(model, plan, tensors, kinds), plan, tensors, kinds)
+    return Export(model, rewrite(model, plan, tensors, kinds), plan, tensors, kinds)
 
 
 def _outputs(model: ir.Model) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from kbitc.graph.evaluate import evaluate
 from kbitc.graph.quantized import read_activation, read_weight
 from kbitc.graph.text import model_text
 from kbitc.options import Method
+from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.quant.scheme import ScaleCode
@@ -75,7 +76,7 @@ def _quantize(model: ir.Model, scheme: str, activations: str) -> tuple[ir.Model,
     chosen = options.from_arguments(scheme=scheme, activations=activations)
     plan, kinds = driver.make_plan(model, chosen, parse_target("reference"))
     tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
-    return driver.rewrite(model, plan, tensors, kinds), plan, tensors
+    return rewrite(model, plan, tensors, kinds), plan, tensors
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -18,7 +18,8 @@ from kbitc.graph.text import operator_counts
 from kbitc.importer.feeds import made_up_feeds
 from kbitc.options import Method
 from kbitc.passes.canonicalize import canonicalize
-from kbitc.passes.solve import solve_weights
+from kbitc.passes.rewrite.pipeline import rewrite
+from kbitc.passes.solve import account, solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.static import plan_static
 from kbitc.targets.target import parse_target
@@ -47,9 +48,9 @@ def quantized(
     wishes = options.from_arguments(**({"bits": 8, "activations": "static"} | chosen))
     plan, kinds = driver.make_plan(original, wishes, parse_target("reference"))
     solved = solve_weights(original, plan, kinds, Method("rtn"))
-    weights = driver.account(solved, plan, kinds)
+    weights = account(solved, plan, kinds)
     plan, _ = plan_static(Samples(original, feeds), plan, solved.tensors, weights, wishes)
-    made = driver.rewrite(original, plan, solved.tensors, kinds)
+    made = rewrite(original, plan, solved.tensors, kinds)
     onnx.checker.check_model(ir.to_proto(made), full_check=True)
     assert legality.after_rewrite(made) == []
     return original, made, plan, feeds

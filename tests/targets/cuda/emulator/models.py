@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+
 Feeds = Mapping[str, npt.NDArray[Any]]
 
 
@@ -17,6 +18,7 @@ def quantized_model(path: str, scheme: str | None, activations: str, shapes: Map
     from kbitc.importer import load_model
     from kbitc.options import Method, from_arguments
     from kbitc.passes.canonicalize import canonicalize
+    from kbitc.passes.rewrite.pipeline import rewrite
     from kbitc.passes.solve import solve_weights
     from kbitc.targets.target import parse_target
 
@@ -26,7 +28,7 @@ def quantized_model(path: str, scheme: str | None, activations: str, shapes: Map
     options = from_arguments(scheme=scheme, activations=activations)
     plan, kinds = driver.make_plan(model, options, parse_target("cuda:sm_90"))
     tensors = solve_weights(model, plan, kinds, Method("rtn")).tensors
-    return driver.rewrite(model, plan, tensors, kinds)
+    return rewrite(model, plan, tensors, kinds)
 
 
 def run(model: Any, feeds: Feeds, debug: bool = False) -> tuple[dict[str, npt.NDArray[Any]], list[dict[str, Any]]]:

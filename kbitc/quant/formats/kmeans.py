@@ -16,27 +16,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kbitc.errors import UsageError
 from kbitc.quant.format import Format
-from kbitc.quant.formats import nf
+from kbitc.quant.formats._learned import PEAK, first_guess, learned
 
-PEAK = 127
-MAX_BITS = 7
 CHUNK = 1 << 20
 
 Float64Array = npt.NDArray[np.float64]
 
 
 def make(bits: int) -> Format:
-    """The first guess: quantiles of a normal distribution.
-
-    Raises:
-        UsageError: for one bit, where a sign (``int1``) serves, and for 8, where the grid has no room.
-    """
-    if not 2 <= bits <= MAX_BITS:
-        remedy = "use int1" if bits == 1 else "use int8, whose levels are the whole grid"
-        raise UsageError("a k-means table has 2 to 7 bits", got=f"kmeans{bits}", remedy=remedy)
-    return Format("kmeans", bits, nf.make(bits).levels, uniform=False, learned=True, peak=PEAK)
+    """The first guess, k = 2..7; see `first_guess`."""
+    return first_guess("kmeans", bits)
 
 
 def fit(bits: int, ratio: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None) -> Format:
@@ -48,7 +38,7 @@ def fit(bits: int, ratio: npt.NDArray[np.float32], importance: npt.NDArray[np.fl
         importance: f32 of the same shape, what a squared error in these units counts, at least 0; None: 1 each.
     """
     levels = best_levels(_pair_costs(_moments(ratio, importance)), 2**bits)
-    return Format("kmeans", bits, tuple(int(x) - PEAK for x in levels), uniform=False, learned=True, peak=PEAK)
+    return learned("kmeans", bits, [index - PEAK for index in levels])
 
 
 def _moments(ratio: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None) -> Float64Array:

@@ -23,15 +23,24 @@ def _quantiles(count: int, highest: float) -> list[float]:
     return [NormalDist().inv_cdf(highest - i * step) for i in range(count)]
 
 
-def make(bits: int) -> Format:
-    """The k-bit normal float, k = 2..7.
+def check_bits(name: str, bits: int) -> None:
+    """Refuse a width at which a table of this name makes no sense.
 
     Raises:
         UsageError: for one bit, where a sign (``int1``) is the same thing, and for 8, where the grid has no room.
     """
     if not 2 <= bits <= MAX_BITS:
         remedy = "use int1" if bits == 1 else "use int8, whose levels are the whole grid"
-        raise UsageError("normal float has 2 to 7 bits", got=f"nf{bits}", remedy=remedy)
+        raise UsageError(f"a table of {name} has 2 to {MAX_BITS} bits", got=f"{name}{bits}", remedy=remedy)
+
+
+def make(bits: int) -> Format:
+    """The k-bit normal float, k = 2..7.
+
+    Raises:
+        UsageError: as `check_bits`.
+    """
+    check_bits("nf", bits)
     half = 2 ** (bits - 1)
     # QLoRA's reference code cuts the tails at the mean of 1 - 1/(2 * 2^k) and 1 - 1/(2 * (2^k - 1)).
     highest = 1 - (1 / (4 * half) + 1 / (2 * (2 * half - 1))) / 2

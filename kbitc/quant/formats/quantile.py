@@ -14,24 +14,13 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from kbitc.errors import UsageError
 from kbitc.quant.format import Format
-from kbitc.quant.formats import nf
-
-PEAK = 127
-MAX_BITS = 7
+from kbitc.quant.formats._learned import PEAK, first_guess, learned
 
 
 def make(bits: int) -> Format:
-    """The first guess: quantiles of a normal distribution.
-
-    Raises:
-        UsageError: for one bit, where a sign (``int1``) is the same thing, and for 8, where the grid has no room.
-    """
-    if not 2 <= bits <= MAX_BITS:
-        remedy = "use int1" if bits == 1 else "use int8, whose levels are the whole grid"
-        raise UsageError("a quantile table has 2 to 7 bits", got=f"quantile{bits}", remedy=remedy)
-    return Format("quantile", bits, nf.make(bits).levels, uniform=False, learned=True, peak=PEAK)
+    """The first guess, k = 2..7; see `first_guess`."""
+    return first_guess("quantile", bits)
 
 
 def fit(bits: int, ratio: npt.NDArray[np.float32], importance: npt.NDArray[np.float32] | None) -> Format:
@@ -44,4 +33,4 @@ def fit(bits: int, ratio: npt.NDArray[np.float32], importance: npt.NDArray[np.fl
     """
     bounds = np.quantile(ratio, np.linspace(0, 1, 2**bits + 1))
     levels = np.clip(np.rint((bounds[1:] + bounds[:-1]) / 2), -PEAK, PEAK)
-    return Format("quantile", bits, tuple(int(x) for x in levels), uniform=False, learned=True, peak=PEAK)
+    return learned("quantile", bits, [int(level) for level in levels])

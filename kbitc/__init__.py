@@ -5,7 +5,6 @@ The three functions here are the Python form of the command line. Nothing heavy 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -23,56 +22,39 @@ def compile(
     model: str | PathLike[str] | onnx.ModelProto,
     output: str | PathLike[str],
     *,
-    bits: int | None = None,
-    scheme: str | None = None,
-    block: int | None = None,
-    activations: str = "dynamic",
-    act_bits: int | None = None,
-    observer: str | None = None,
-    integer_only: bool = False,
-    target: str = "host",
-    shapes: Sequence[str] = (),
-    constants: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     calibration: Any = None,
-    min_sqnr: float | None = None,
-    dump_dir: str | PathLike[str] | None = None,
-    force: bool = False,
-    debug_accumulators: bool = False,
-    with_runtime: bool = False,
-    solver: str | None = None,
-    equalize: str | None = None,
-    sequential: bool = False,
-    **planning: Any,
+    **options: Any,
 ) -> Report:
     """Quantize a model and compile it into a bundle.
 
     Args:
         model: path of an ONNX file, or the model in memory.
         output: folder of the bundle, by custom NAME.kbit.
-        bits: bits of a weight, 1 to 8 (default 4); or give `scheme`. `scheme="float32"` compiles without quantizing.
-        scheme: exact form such as "int4:b32", "uint3:b64:zp", "nf4:b64", "int8:c".
-        block: weights per scale along the reduction axis (default 32).
-        activations: "dynamic" (int8 at run time), "static" (planned from `calibration`) or "float".
-        act_bits: bits of a static activation, 4 to 8 (default 8).
-        integer_only: static, with no float operator between input and output; refused where one would be left.
-        observer: what gives the ranges of static activations: a file of passes/observers.
-        target: host, x86 (every variant in one bundle), x86:avx2, x86:avx512vnni, x86:avx512vbmi,
-            arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
-        shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
-        constants: texts such as "sr=16000"; the input leaves the signature and has this value.
-        exclude: node or tensor names, globs, or type:Op, whose weights stay float.
         calibration: .npz, .npy or folder, or an iterable of feeds {name: array}.
-        min_sqnr: least SQNR in dB against the float model.
-        dump_dir: folder that receives what each stage leaves.
-        force: replace an existing output.
-        debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
-        with_runtime: put the native runner and the runtime libraries into the bundle.
-        solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
-        equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
-        sequential: calibrate each layer on the output of quantized ones.
-        planning: centre, proxy (docs/schemes.md), plan, write_plan, target_bpw, size_budget, max_drop, metric, labels,
-            allocate (docs/plan.md), as the options of the command line.
+        options: those of the command line (`kbitc.options.from_arguments` has the defaults):
+            bits: bits of a weight, 1 to 8 (default 4); or give `scheme`.
+            scheme: exact form such as "int4:b32", "uint3:b64:zp", "nf4:b64", "int8:c"; "float32" quantizes nothing.
+            block: weights per scale along the reduction axis (default 32).
+            activations: "dynamic" (int8 at run time), "static" (planned from `calibration`) or "float".
+            act_bits: bits of a static activation, 4 to 8 (default 8).
+            integer_only: static, with no float operator between input and output; refused where one would be left.
+            observer: what gives the ranges of static activations: a file of passes/observers.
+            target: host, x86 (every variant in one bundle), x86:avx2, x86:avx512vnni, x86:avx512vbmi,
+                arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
+            shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
+            constants: texts such as "sr=16000"; the input leaves the signature and has this value.
+            exclude: node or tensor names, globs, or type:Op, whose weights stay float.
+            min_sqnr: least SQNR in dB against the float model.
+            dump_dir: folder that receives what each stage leaves.
+            force: replace an existing output.
+            debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
+            with_runtime: put the native runner and the runtime libraries into the bundle.
+            solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
+            equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
+            sequential: calibrate each layer on the output of quantized ones.
+            never_slower, tuned: see `kbitc.options.Speed`.
+            centre, proxy: see docs/schemes.md.
+            plan, write_plan, target_bpw, size_budget, max_drop, metric, labels, allocate: see docs/plan.md.
 
     Returns:
         The report that is also in the bundle.
@@ -80,51 +62,31 @@ def compile(
     Raises:
         KbitcError: with the reason in one line; nothing is written then.
     """
-    from kbitc import driver, options
+    from kbitc import driver
+    from kbitc.options import from_arguments
 
-    chosen = options.from_arguments(
-        bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        integer_only=integer_only, target=target, shapes=shapes, constants=constants, exclude=exclude,
-        min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, debug_accumulators=debug_accumulators,
-        with_runtime=with_runtime, solver=solver, equalize=equalize, sequential=sequential, **planning,
-    )  # fmt: skip
-    return driver.compile_model(model, output, chosen, calibration)
+    return driver.compile_model(model, output, from_arguments(**options), calibration)
 
 
 def quantize(
     model: str | PathLike[str] | onnx.ModelProto,
     output: str | PathLike[str],
     *,
-    bits: int | None = None,
-    scheme: str | None = None,
-    block: int | None = None,
-    activations: str = "dynamic",
-    act_bits: int | None = None,
-    observer: str | None = None,
-    integer_only: bool = False,
-    target: str = "host",
-    shapes: Sequence[str] = (),
-    constants: Sequence[str] = (),
-    exclude: Sequence[str] = (),
     calibration: Any = None,
-    min_sqnr: float | None = None,
-    dump_dir: str | PathLike[str] | None = None,
-    force: bool = False,
-    solver: str | None = None,
-    equalize: str | None = None,
-    sequential: bool = False,
-    **planning: Any,
+    **options: Any,
 ) -> Report:
-    """Quantize a model and write it as an ONNX file that any runtime executes; arguments as for `compile`."""
-    from kbitc import driver, options
+    """Quantize a model and write it as an ONNX file that any runtime executes.
 
-    chosen = options.from_arguments(
-        bits=bits, scheme=scheme, block=block, activations=activations, act_bits=act_bits, observer=observer,
-        integer_only=integer_only, target=target, shapes=shapes, constants=constants, exclude=exclude,
-        min_sqnr=min_sqnr, dump_dir=dump_dir, force=force, solver=solver, equalize=equalize, sequential=sequential,
-        **planning,
-    )  # fmt: skip
-    return driver.quantize_model(model, output, chosen, calibration)
+    Arguments as for `compile`, but for those that say something of a bundle; and `form` and `widen`, which are
+    --format and --widen of the command line.
+    """
+    from kbitc import driver
+    from kbitc.options import BUNDLE_ONLY, from_arguments
+
+    for name in BUNDLE_ONLY:
+        if name in options:
+            raise TypeError(f"quantize() writes no bundle, so it has no option {name!r}")
+    return driver.quantize_model(model, output, from_arguments(**options), calibration)
 
 
 def load(path: str | PathLike[str], *, threads: int | None = None, variant: str | None = None) -> Model:

@@ -28,6 +28,8 @@ CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
 CALIBRATED_EQUALIZERS = ("bias_correction",)
 #: The solver of this name is half of a method; the other half is the equalizer of this name.
 AWQ = "awq"
+#: Options of `kbitc compile` that `kbitc quantize` has not.
+BUNDLE_ONLY = ("debug_accumulators", "with_runtime", "never_slower", "tuned")
 
 
 @dataclass(frozen=True)

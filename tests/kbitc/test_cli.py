@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 
+import kbitc
 from kbitc.cli import _guarded
 
 BODY = """g (float[batch, 40] x) => (float[batch, 7] y) {
@@ -225,3 +226,10 @@ def test_a_defect_leaves_a_reproducer(
     data = json.loads(saved.read_text())
     assert data["command"][1] == "quantize" and str(model) in data["files"]
     assert any("boom" in line for line in data["traceback"])
+
+
+@pytest.mark.parametrize("option", ["with_runtime", "debug_accumulators", "never_slower", "bit"])
+def test_python_calls_refuse_options_they_have_not(model: Path, tmp_path: Path, option: str) -> None:
+    with pytest.raises(TypeError, match=option):
+        kbitc.quantize(model, tmp_path / "q.onnx", **{option: True})
+    assert not (tmp_path / "q.onnx").exists()

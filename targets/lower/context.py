@@ -18,7 +18,7 @@ from kbitc.targets.lower import dims, dtypes
 from kbitc.targets.lower.calls import Calls
 from kbitc.targets.lower.contraction import Contraction, Dim, PrimFunc, RelaxExpr
 from kbitc.targets.lower.group import Group, TeTensor, compute
-from kbitc.targets.lower.values import Constant, Deferred, Expr, Index, Lazy, Tensor, Value
+from kbitc.targets.lower.values import Constant, Deferred, Expr, Index, Lazy, Tensor, Value, without_ones
 from kbitc.targets.target import Target
 from kbitc.targets.tuning import scheduled
 
@@ -197,7 +197,7 @@ class Context:
             dtype = dtypes.storage(value.dtype)
             return Lazy(lambda group, indices: number(0, dtype), shape, value.dtype, cost=0)  # it has no elements
         if isinstance(value, Lazy):
-            moved = _without_ones(value, shape)
+            moved = without_ones(value, shape)
             if moved is not None:
                 return moved
         tensor = self.tensor(value)
@@ -378,22 +378,6 @@ def _pick(array: npt.NDArray[Any], indices: Sequence[Index], dtype: str) -> Expr
     for position in range(len(items) - 2, -1, -1):
         result = tirx.Select(flat == position, items[position], result)
     return result
-
-
-def _without_ones(value: Lazy, shape: tuple[Dim, ...]) -> Lazy | None:
-    """A lazy value under a shape that differs only in dimensions of size 1; None when it differs in others."""
-    kept = [axis for axis, dim in enumerate(shape) if not (dims.is_static(dim) and dim == 1)]
-    source = [axis for axis, dim in enumerate(value.shape) if not (dims.is_static(dim) and dim == 1)]
-    if not dims.same_shape([shape[axis] for axis in kept], [value.shape[axis] for axis in source]):
-        return None
-    position = dict(zip(source, kept, strict=True))
-    rank = len(value.shape)
-    zero = tirx.IntImm("int64", 0)
-
-    def element(group: Group, indices: Sequence[Index]) -> Expr:
-        return value.element(group, [indices[position[axis]] if axis in position else zero for axis in range(rank)])
-
-    return Lazy(element, shape, value.dtype, value.cost, value.pointwise)
 
 
 def node_name(node: ir.Node) -> str:

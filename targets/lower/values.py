@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from tvm import tirx
 
+from kbitc.targets.lower import dims
 from kbitc.targets.lower.contraction import Dim, RelaxExpr
 
 if TYPE_CHECKING:
@@ -101,3 +103,19 @@ class Deferred:
 
 
 Value = Tensor | Lazy | Constant
+
+
+def without_ones(value: Lazy, shape: tuple[Dim, ...]) -> Lazy | None:
+    """A lazy value under a shape that differs only in dimensions of size 1; None when it differs in others."""
+    kept = [axis for axis, dim in enumerate(shape) if not (dims.is_static(dim) and dim == 1)]
+    source = [axis for axis, dim in enumerate(value.shape) if not (dims.is_static(dim) and dim == 1)]
+    if not dims.same_shape([shape[axis] for axis in kept], [value.shape[axis] for axis in source]):
+        return None
+    position = dict(zip(source, kept, strict=True))
+    rank = len(value.shape)
+    zero = tirx.IntImm("int64", 0)
+
+    def element(group: Group, indices: Sequence[Index]) -> Expr:
+        return value.element(group, [indices[position[axis]] if axis in position else zero for axis in range(rank)])
+
+    return Lazy(element, shape, value.dtype, value.cost, value.pointwise)

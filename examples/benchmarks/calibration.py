@@ -83,7 +83,7 @@ def main() -> None:
     model = canonicalize(load_model(bert_shaped(options.layers, options.width)))
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (options.samples, LENGTH))
     feeds = ({"ids": ids[start : start + BATCH]} for start in range(0, len(ids), BATCH))
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     stats = collect(model, observable(model), feeds)
     observe = catalog.find("kbitc.passes.observers", options.observer, "observer").observe
     ranges = {name: observe(item, 256) for name, item in stats.values.items()}
@@ -94,6 +94,7 @@ def main() -> None:
         "case": f"calibration of {options.layers} layers of {options.width}, {options.samples} sequences of {LENGTH}",
         "milliseconds": {name: 1000 * seconds}, "speed": {name: 1.0}, "against": name,
         "float_value": f"peak {peak:.2f} GiB", "peak_gib": peak, "seconds": seconds,
+        "processor_seconds": time.process_time() - processor,
     }  # fmt: skip
     print(json.dumps(row))
     if options.save:

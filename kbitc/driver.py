@@ -141,6 +141,7 @@ def compile_plan(
     """Stages 8 to 12 of one plan. None when the planner does not accept the size of the result: it is not published."""
     from kbitc.passes.verify import accuracy
     from kbitc.targets.build import build_all
+    from kbitc.targets.costs import sizes_of, with_predictions
     from kbitc.targets.target import bundle_name
 
     with trace.stage("lower and build"):
@@ -153,9 +154,10 @@ def compile_plan(
             measured = accuracy.measure(made.references, module)
             accuracy.check_lowering(measured)
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
+    layers = with_predictions(built.layers, built.target.name, sizes_of(built.inputs, made.references.feeds[0]))
     report = Report(
         output, bundle_name(targets), options.scheme_text, with_packed_sizes(made.weights, built.weights),
-        measured.as_json(), built.layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
+        measured.as_json(), layers, staging.sizes, trace.seconds, planner.summary(), built.calls,
         [item.as_json() for item in compared],
     )  # fmt: skip
 

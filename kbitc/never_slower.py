@@ -76,19 +76,45 @@ def compare(
             carried out again.
         clock: seconds; None takes the one of `kbitc.bundle.profile.clock_of`.
     """
+    from kbitc.targets.target import host_runs
+
+    models = {QUANTIZED: quantized, FLOAT_BUILD: original}
+    here = host_runs(target) is None
+    found = _measured(models, target, feeds, clock) if here else _predicted(models, target, feeds)
+    named = {request.tensor for request in read_plan(given)} if given is not None else set()
+    asked = QuantPlan(tuple(entry for entry in plan.entries if entry.tensor not in named))
+    return judge(asked, found[QUANTIZED], found[FLOAT_BUILD], measured=here)
+
+
+def _measured(
+    models: Mapping[str, ir.Model], target: Target, feeds: Feeds, clock: Clock | None
+) -> Mapping[str, Sequence[LayerTimes]]:
     from kbitc.bundle.runtime import check_feeds, load_built
     from kbitc.targets.build import build
 
     timed = {}
-    for name, model in ((QUANTIZED, quantized), (FLOAT_BUILD, original)):
+    for name, model in models.items():
         built = build(model, target)
         module = load_built(built.library, built.weights, built.inputs, built.outputs, threads=THREADS)
         report = {"layers": built.layers, "calls": built.calls}
         timed[name] = (module, module.device_arguments(check_feeds(module.inputs, feeds)), report)
-    found = profile(timed, ROUNDS, clock or clock_of(THREADS))
-    named = {request.tensor for request in read_plan(given)} if given is not None else set()
-    asked = QuantPlan(tuple(entry for entry in plan.entries if entry.tensor not in named))
-    return judge(asked, found[QUANTIZED], found[FLOAT_BUILD], measured=True)
+    return profile(timed, ROUNDS, clock or clock_of(THREADS))
+
+
+def _predicted(models: Mapping[str, ir.Model], target: Target, feeds: Feeds) -> Mapping[str, Sequence[LayerTimes]]:
+    """What the cost model says; layers of which it knows nothing are left out."""
+    from kbitc.targets.costs import predicted, sizes_of
+    from kbitc.targets.lower.emitter import lower
+
+    found: dict[str, list[LayerTimes]] = {}
+    for name, model in models.items():
+        lowered = lower(model, target)
+        sizes = sizes_of(lowered.inputs, feeds)
+        costs = [(layer, predicted(layer, target.name, sizes)) for layer in lowered.layers]
+        found[name] = [
+            LayerTimes(layer["name"], layer["rule"], True, [cost / 1e6]) for layer, cost in costs if cost is not None
+        ]
+    return found
 
 
 def judge(

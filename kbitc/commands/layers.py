@@ -33,6 +33,7 @@ def bench_layers(
     variant: str | None = None,
 ) -> dict[str, Any]:
     """Time every layer of a bundle, and of the float build of `against`, in interleaved rounds."""
+    from kbitc.targets.costs import sizes_of, with_predictions
     from kbitc.targets.probe import probe
     from kbitc.targets.target import parse_target
 
@@ -49,7 +50,10 @@ def bench_layers(
         limits = probe(parse_target(model.target_name), threads, clock_of(threads))
         on_stage("measure")
         found = profile(timed, rounds, clock_of(threads))
-    rows = layer_rows(found[BUNDLE], found.get(FLOAT_BUILD, ()), limits, timed[BUNDLE][2])
+    report = timed[BUNDLE][2]
+    sizes = sizes_of(model.inputs, feeds)
+    report = {**report, "layers": with_predictions(report["layers"], model.target_name, sizes)}
+    rows = layer_rows(found[BUNDLE], found.get(FLOAT_BUILD, ()), limits, report)
     return {
         "bundle": str(bundle),
         "threads": threads,
@@ -97,6 +101,7 @@ def layer_rows(
     """
     total = sum(layer.median for layer in layers)
     resident = sum(layer.stored for layer in layers)
+    costs = {layer["name"]: layer.get("predicted_microseconds") for layer in report["layers"]}
     schemes = {layer["name"]: layer["weight"] for layer in report["layers"]}
     float_layers = {layer.name: layer for layer in floats if layer.contraction}
     rows = []
@@ -115,6 +120,8 @@ def layer_rows(
             least, limited_by = limits.seconds(layer, resident)
             row |= {"limit_milliseconds": 1e3 * least, "limited_by": limited_by,
                     "fraction_of_limit": least / seconds if seconds else 0.0}  # fmt: skip
+        cost = costs.get(layer.name) if layer.contraction else None
+        row["predicted_milliseconds"] = None if cost is None else cost / 1e3
         base = float_layers.get(layer.name) if layer.contraction else None
         row["float_milliseconds"] = None if base is None else 1e3 * base.median
         quantized = scheme not in (None, FLOAT_WEIGHT)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from kbitc.commands.show import _console, _row, _table
 
-NUMBERS = ("ms", "share", "kB", "Mop", "limit", "float ms", "float / this")
+NUMBERS = ("ms", "share", "kB", "Mop", "limit", "predicted", "float ms", "float / this")
 
 
 def layers(result: Mapping[str, Any]) -> None:
@@ -38,10 +38,12 @@ def layers(result: Mapping[str, Any]) -> None:
 
 def _numbers(row: Mapping[str, Any]) -> list[str]:
     base = row["float_milliseconds"]
+    predicted = row["predicted_milliseconds"]
     limit = "-" if "limited_by" not in row else f"{100 * row['fraction_of_limit']:.0f} % of {row['limited_by']}"
     return [
         f"{row['milliseconds']:.4f}", f"{100 * row['share']:.1f} %", f"{row['bytes'] / 1e3:.1f}",
         f"{row['operations'] / 1e6:.2f}" if row["operations"] else "", limit,
+        "" if predicted is None else f"{predicted:.4f}",
         "" if base is None else f"{base:.4f}",
         "" if base is None or not row["milliseconds"] else f"{base / row['milliseconds']:.2f}x",
     ]  # fmt: skip

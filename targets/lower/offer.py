@@ -17,7 +17,7 @@ from kbitc.targets.lower.context import Context, node_name
 from kbitc.targets.lower.contraction import RELU, Contraction, PostFunction, RelaxExpr
 from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Tensor
-from kbitc.targets.tuning import scheduled
+from kbitc.targets.tuning import FLOAT_BITS, scheduled
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -157,6 +157,7 @@ def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[di
         "operator": node.op_type,
         "kind": contraction.kind,
         "weight": scheme,
+        "bits": None if weight is None else getattr(weight, "bits", FLOAT_BITS),
         "weight_shape": None if weight is None else list(weight.shape),
         "activation": contraction.activation,
         "x_shape": [dim if isinstance(dim, int) else str(dim) for dim in contraction.x_shape],

@@ -99,6 +99,15 @@ def test_real_times_decide(model: Path, tmp_path: Path) -> None:
     assert kept == {item["tensor"]: item["scheme"] is None for item in report["weights"]} and len(kept) == 2
 
 
+def test_for_another_machine_the_cost_model_decides(model: Path, tmp_path: Path) -> None:
+    given = ["compile", str(model), "-o", str(tmp_path / "a.kbit"), "--never-slower", "--target", "arm-neon"]
+    assert _guarded(given) == 0
+    report = json.loads((tmp_path / "a.kbit" / "report.json").read_text())
+    assert [item["measured"] for item in report["compared"]] == [False, False]
+    kept = {item["tensor"]: item["kept_float"] for item in report["compared"]}
+    assert kept == {item["tensor"]: item["scheme"] is None for item in report["weights"]}
+
+
 @pytest.mark.parametrize("other", [["--scheme", "float32"], ["--integer-only"]])
 def test_where_nothing_can_be_chosen_it_is_refused(
     model: Path, other: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -88,13 +88,9 @@ class FloatBatchProduct:
         registers = registers_of(ctx.target)
         *a_lead, rows, channels = contraction.x_shape
         if contraction.transpose_b and fdots.takes(rows, channels):
-            lead = contraction.out_shape[:-2]
-            dots = fdots.DotsSpec(tuple(a_lead), tuple(b_shape[:-2]), lead, rows, channels, b_shape[-2])
-            name = "float_dots"
-            func = cached(
-                ctx, (name, repr(dots), registers.lanes), lambda: fdots.make_fdots(dots, registers.lanes, name)
-            )
-            return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
+            out_lead = contraction.out_shape[:-2]
+            dots = fdots.DotsSpec(tuple(a_lead), tuple(b_shape[:-2]), out_lead, rows, channels, b_shape[-2])
+            return _few_dots(ctx, dots, registers.lanes, (a, b))
         if contraction.transpose_b:
             *outer, columns, channels = b_shape
             key = ("transposed", repr(b_shape), repr(registers))
@@ -105,6 +101,12 @@ class FloatBatchProduct:
         name = "float_batch_product"
         func = cached(ctx, (name, repr(spec), repr(registers)), lambda: make_fbatch(spec, registers, name))
         return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
+
+
+def _few_dots(ctx: EmitContext, spec: fdots.DotsSpec, lanes: int, inputs: tuple[RelaxExpr, RelaxExpr]) -> RelaxExpr:
+    name = "float_dots"
+    func = cached(ctx, (name, repr(spec), str(lanes)), lambda: fdots.make_fdots(spec, lanes, name))
+    return ctx.call(func, name, list(inputs), [((*spec.lead, spec.rows, spec.columns), "float32")])
 
 
 # In order of preference; the reference rule comes after them.

@@ -49,6 +49,7 @@ def compile(
             force: replace an existing output.
             debug_accumulators: integer contractions also output int8 codes and int32 accumulators.
             with_runtime: put the native runner and the runtime libraries into the bundle.
+            keep_onnx: put the quantized ONNX into the bundle, so that `kbitc verify` can compare the module with it.
             solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
             equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
             sequential: calibrate each layer on the output of quantized ones.

@@ -94,6 +94,7 @@ def cli() -> None:
 @_quantization
 @_planning
 @click.option("--with-runtime", is_flag=True, help="Put the native runner and its libraries into the bundle.")
+@click.option("--keep-onnx", is_flag=True, help="Put the quantized ONNX into the bundle, for `kbitc verify`.")
 @click.option("--never-slower", is_flag=True, help="Keep weights float whose layers would be slower than float.")
 @click.option("--tuned", type=click.Path(path_type=Path), metavar="FILE", help="Schedules of `kbitc tune`, or none.")
 @click.option("--debug-accumulators", is_flag=True, help="Also output int8 codes and int32 accumulators.")
@@ -192,7 +193,7 @@ def bench(
 def verify(
     bundle: Path, model: Path | None, inputs: Path | None, min_sqnr: float | None, variant: str | None, as_json: bool
 ) -> None:
-    """Check every hash of BUNDLE, then compare it with MODEL when one is given."""
+    """Check every hash of BUNDLE, then compare it with the ONNX in it (--keep-onnx) and with MODEL, if any."""
     from kbitc.commands import show
     from kbitc.commands import verify as command
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kbitc import catalog
@@ -147,6 +148,8 @@ def compile_plan(
     with trace.stage("lower and build"):
         every = build_all(made.model, targets, debug_accumulators=options.debug_accumulators, dump=trace.dump)
         staging.write_variants(every)
+        if options.keep_onnx:
+            keep_onnx(staging, made.model)
     built = every[-1]
     with trace.stage("verify"):
         # The last one is what the report shows: the best that runs here.
@@ -328,6 +331,17 @@ def make_planner(
             return score(references.original, references.quantized)
 
         return budget_planner(model, base, prepared.feeds, options, accepts, others, judge), kinds
+
+
+def keep_onnx(staging: Staging, model: ir.Model) -> None:
+    """Put the quantized ONNX into the bundle, with its weights beside it when they do not fit one file."""
+    from kbitc.bundle.manifest import QUANTIZED
+    from kbitc.importer.files import write_model
+
+    with TemporaryDirectory(prefix="kbitc-") as folder:
+        write_model(model, Path(folder) / QUANTIZED)
+        for file in sorted(Path(folder).iterdir()):
+            staging.add_file(file.name, file)
 
 
 def staged_modules(staging: Staging, built: Built) -> list[Callable[..., Any]]:

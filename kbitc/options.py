@@ -29,7 +29,7 @@ CALIBRATED_EQUALIZERS = ("bias_correction",)
 #: The solver of this name is half of a method; the other half is the equalizer of this name.
 AWQ = "awq"
 #: Options of `kbitc compile` that `kbitc quantize` has not.
-BUNDLE_ONLY = ("debug_accumulators", "with_runtime", "never_slower", "tuned")
+BUNDLE_ONLY = ("debug_accumulators", "with_runtime", "keep_onnx", "never_slower", "tuned")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class CompileOptions:
         force: replace an existing output.
         debug_accumulators: also output int8 codes and int32 accumulators of every integer contraction.
         with_runtime: put the native runner and the runtime libraries into the bundle.
+        keep_onnx: put the quantized ONNX into the bundle.
         plan: file whose entries come before every other option.
         write_plan: file that receives the plan that was carried out.
         budget: what the plan has to keep.
@@ -108,6 +109,7 @@ class CompileOptions:
     force: bool = False
     debug_accumulators: bool = False
     with_runtime: bool = False
+    keep_onnx: bool = False
     plan: Path | None = None
     write_plan: Path | None = None
     budget: Budget = field(default_factory=Budget)
@@ -164,6 +166,7 @@ def from_arguments(
     force: bool = False,
     debug_accumulators: bool = False,
     with_runtime: bool = False,
+    keep_onnx: bool = False,
     plan: str | PathLike[str] | None = None,
     write_plan: str | PathLike[str] | None = None,
     form: str = DEFAULT_FORM,
@@ -201,6 +204,7 @@ def from_arguments(
         force=force,
         debug_accumulators=debug_accumulators,
         with_runtime=with_runtime,
+        keep_onnx=keep_onnx,
         plan=None if plan is None else Path(plan),
         write_plan=None if write_plan is None else Path(write_plan),
         budget=budget,

@@ -20,6 +20,7 @@ NAME = "manifest.json"
 LIBRARY = "module.so"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.json"
+QUANTIZED = "quantized.onnx"
 MAX_MANIFEST_BYTES = 64 << 20
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),

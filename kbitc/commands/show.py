@@ -173,6 +173,8 @@ def verify(result: Mapping[str, Any]) -> None:
     """After verify."""
     console = _console()
     console.print(f"[bold]{escape(result['bundle'])}[/bold]: {result['integrity']}; runs as {result['target']}")
+    for name, item in result.get("lowering", {}).items():
+        console.print(escape(f"{name}: {item['sqnr_db']:.1f} dB from the quantized ONNX, on {result['data']}"))
     if "outputs" in result:
         _accuracy(console, {"module": result["outputs"], "data": result["data"]})
 

@@ -189,32 +189,17 @@ def from_arguments(
     check_activation(activation, act_bits, observer, centre, proxy, scheme)
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
-        activation=activation,
-        act_bits=8 if act_bits is None else act_bits,
-        observer=observer or DEFAULT_OBSERVER,
-        integer_only=integer_only,
-        target=target,
-        shapes=tuple(shapes),
-        constants=tuple(constants),
-        exclude=tuple(exclude),
-        centre=centre,
-        proxy=proxy,
-        min_sqnr=min_sqnr,
-        dump_dir=None if dump_dir is None else Path(dump_dir),
-        force=force,
-        debug_accumulators=debug_accumulators,
-        with_runtime=with_runtime,
-        keep_onnx=keep_onnx,
-        plan=None if plan is None else Path(plan),
-        write_plan=None if write_plan is None else Path(write_plan),
-        budget=budget,
-        form=form.replace("-", "_"),
-        widen=widen,
-        solver=None if solver is None else known(SOLVERS, solver, "solver"),
-        equalize=parse_equalizers(equalize),
-        sequential=sequential,
-        speed=speed,
-    )
+        activation=activation, act_bits=8 if act_bits is None else act_bits, observer=observer or DEFAULT_OBSERVER,
+        integer_only=integer_only, target=target,
+        shapes=tuple(shapes), constants=tuple(constants), exclude=tuple(exclude),
+        centre=centre, proxy=proxy, min_sqnr=min_sqnr,
+        dump_dir=None if dump_dir is None else Path(dump_dir), force=force,
+        debug_accumulators=debug_accumulators, with_runtime=with_runtime, keep_onnx=keep_onnx,
+        plan=None if plan is None else Path(plan), write_plan=None if write_plan is None else Path(write_plan),
+        budget=budget, form=form.replace("-", "_"), widen=widen,
+        solver=None if solver is None else known(SOLVERS, solver, "solver"), equalize=parse_equalizers(equalize),
+        sequential=sequential, speed=speed,
+    )  # fmt: skip
 
 
 def check_choice(budget: Budget, bits: int | None, scheme: str | None) -> None:

@@ -14,10 +14,12 @@ from kbitc.targets.lower.context import Context
 from kbitc.targets.lower.group import named
 from kbitc.targets.lower.scalar import const, select
 from kbitc.targets.lower.unsupported import refuse
-from kbitc.targets.lower.values import Constant, Expr, Value
+from kbitc.targets.lower.values import Constant, Expr, Lazy, Value
 
 Binary = Callable[[Expr, Expr], Expr]
 Emit = Callable[[Context, ir.Node], Value]
+# Expressions of more operations than this may hold functions such as log, whose parts are bound to variables.
+FUNCTION_COST = 8
 
 
 def unary(function: Callable[[Expr], Expr], cost: int = 1, dtype: str | None = None) -> Emit:
@@ -184,6 +186,10 @@ def cast(ctx: Context, node: ir.Node) -> Value:
         dtype = dtypes.tvm_type(ir.DataType(node.attributes.get_int("to", 0)), node.name or "Cast")
     if source.dtype != dtypes.storage(source.dtype) or dtype != dtypes.storage(dtype):
         raise refuse(node, "Cast from or to a type below 8 bits", got=f"{source.dtype} to {dtype}")
+    to_integer = dtypes.is_float(source.dtype) and not dtypes.is_float(dtype)
+    if to_integer and isinstance(source, Lazy) and source.cost > FUNCTION_COST:
+        # TVM works out the bounds of integers, and contradicts itself about the variables that functions bind.
+        source = ctx.tensor(source)
     return elementwise(ctx, node, [source], lambda x: convert(x, source.dtype, dtype), dtype)
 
 

@@ -247,3 +247,31 @@ def calls_of(main: Any) -> list[Any]:
     """The calls of kernels in main."""
     bindings = [binding.value for block in main.body.blocks for binding in block.bindings]
     return [value for value in bindings if getattr(value, "op", None) == tvm.ir.Op.get("relax.call_tir")]
+
+
+def test_integers_made_from_logarithms_compile() -> None:
+    """Relative positions in buckets, as T5 has them."""
+    text = """g (float[s, 2] x) => (int64[s, t] y)
+    <int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] second = {1}, int64 small = {8},
+     float eight = {8}, float four = {4}> {
+        sizes = Shape<start = 0, end = 1>(x)
+        size = Squeeze(sizes, first)
+        places = Range(zero, size, one)
+        row = Unsqueeze(places, first)
+        column = Unsqueeze(places, second)
+        apart = Sub(row, column)
+        far = Abs(apart)
+        wide = Cast<to = 1>(far)
+        share = Div(wide, eight)
+        log = Log(share)
+        step = Mul(log, four)
+        whole = Cast<to = 7>(step)
+        large = Add(whole, small)
+        near = Less(far, small)
+        y = Where(near, far, large)
+    }"""
+    runnable = run_of(model_of(text), parse_target("host"))
+    for size in (1, 16, 37):
+        far = np.abs(np.arange(size)[None] - np.arange(size)[:, None])
+        large = 8 + (np.log(np.maximum(far, 1) / np.float32(8)) * np.float32(4)).astype(np.int64)
+        assert np.array_equal(runnable({"x": noise(size, 2)})[0], np.where(far < 8, far, large))

@@ -59,7 +59,7 @@ class Work:
     @property
     def logarithms(self) -> tuple[float, ...]:
         """Where it lies among others."""
-        return tuple(log(size) for size in (self.rows, self.outputs, self.taps, self.channels))
+        return tuple(log(size) for size in (self.rows, self.outputs, self.taps, self.channels, self.bits))
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,13 @@ class Costs:
         """Microseconds of a product; None where nothing is known of the rule."""
         if not work.products:
             return 0.0
-        rows = self._rows(rule, work.bits)
+        rows = [row for row in self.rows if row.rule == rule]
         if rows:
             return _like(rows, work)
         if self.speeds is None:
             return None
         rate = self.speeds.integers if integer else self.speeds.floats
         return self.speeds.start + max(work.moved / self.speeds.read, work.products / rate) / 1e3
-
-    def _rows(self, rule: str, bits: int) -> list[Row]:
-        """The rows of a rule with the nearest number of bits."""
-        rows = [row for row in self.rows if row.rule == rule]
-        nearest = min((abs(row.work.bits - bits) for row in rows), default=0)
-        return [row for row in rows if abs(row.work.bits - bits) == nearest]
 
 
 def _like(rows: Sequence[Row], work: Work) -> float:

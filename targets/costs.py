@@ -24,7 +24,7 @@ from kbitc.quant.packing import LANES, round_up
 SHIPPED = Path(__file__).with_name("costs.json")
 FLOAT_BITS = 32
 # Added to squared distances: several rows very near to a product count alike.
-SOFTNESS = 0.05
+SOFTNESS = 0.005
 KINDS = ("matmul", "conv")
 
 

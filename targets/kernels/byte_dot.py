@@ -7,14 +7,16 @@ signed, flips the top bit of the codes, which is x - 128, and the bias makes up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tvm import tirx
 
+from kbitc.errors import InternalError
 from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.neon.intrin import sdot
-from kbitc.targets.x86.intrin import vpdpbusd, vpmaddwd
+from kbitc.targets.x86.intrin import packs, vpdpbusd, vpmaddwd
 
 Expr = Any
 
@@ -29,6 +31,7 @@ class ByteDot:
         held: registers that the prepared levels of one register of bytes take.
         offset: what is fed minus the activation code, 0 or -128.
         pairs: products of 64 bits are made of the even and of the odd lanes, as vpmuldq does, not of the halves.
+        packs: there is `packed`.
     """
 
     lanes = 4
@@ -37,6 +40,7 @@ class ByteDot:
     held = 1
     offset = 0
     pairs = False
+    packs = False
 
     @property
     def bytes(self) -> int:
@@ -60,6 +64,13 @@ class ByteDot:
         """Prepare four codes a lane (an int32 vector)."""
         return (v.bind(words),)
 
+    def packed(self, four: Sequence[Expr]) -> Expr:
+        """Four int32 vectors -> one uint8 vector, saturated: byte 16 k + 4 q + i is number 4 k + i of vector q."""
+        if not self.packs:
+            raise InternalError("an instruction set without saturating packs")
+        low, high = (v.bind(packs.words(four[i], four[i + 1], self.lanes)) for i in (0, 2))
+        return v.bind(packs.unsigned_bytes(low, high, self.lanes))
+
     def dot(self, sums: Expr, codes: tuple[Expr, ...], levels: tuple[Expr, ...]) -> Expr:
         """sums[n] + sum over j of code[n, j] * level[n, j]: int32, wraps, never saturates."""
         for j in range(GROUP):
@@ -75,6 +86,7 @@ class Vnni(ByteDot):
     registers = 32
     ahead = 8
     pairs = True
+    packs = True
 
     def __init__(self, lanes: int = vpdpbusd.LANES) -> None:
         self.lanes = lanes
@@ -99,6 +111,7 @@ class Maddwd(ByteDot):
     registers = 16
     held = 2
     pairs = True
+    packs = True
 
     def levels(self, levels: Expr) -> tuple[Expr, ...]:
         """See `ByteDot.levels`."""

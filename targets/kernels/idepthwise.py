@@ -26,7 +26,7 @@ from tvm.script.ir_builder import tirx as builder
 from kbitc.quant.packing import GROUP
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.byte_dot import ByteDot, narrower
-from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_first
+from kbitc.targets.kernels.requantize import Epilogue, arguments, packed_codes, prepare, store_first
 from kbitc.targets.kernels.rows import padded_size, unknown_size
 from kbitc.targets.lower.contraction import ConvAttributes
 
@@ -261,8 +261,12 @@ class _Generator:
     def _finish(self, strip: Strip, place: Expr, pixel: Expr, more: Expr, sums: list[list[Expr]]) -> None:
         spec, dot = self.spec, strip.dot
         way = spec.epilogue
-        made = [None if way is None else prepare(way, dot, self.numbers, v.bind(place + q * dot.lanes))
-                for q in range(GROUP)]  # fmt: skip
+        made = [
+            None
+            if way is None
+            else prepare(way, dot, self.numbers, v.bind(place + q * dot.lanes), limited=not dot.packs)
+            for q in range(GROUP)
+        ]
         for i, own in enumerate(sums):
             to = v.bind(self.to + (pixel + i) * spec.channels + (more + strip.first))
             for out, kind in self.outs:
@@ -270,7 +274,10 @@ class _Generator:
                     _store_sums(out, to, own, strip)
                     continue
                 codes = [v.bind(make(acc)) for make, acc in zip(made, own, strict=True) if make is not None]
-                _store_bytes(out, to, codes, strip)
+                if dot.packs and way is not None:
+                    _store_bytes(out, to, packed_codes(way, dot, codes), strip)
+                else:
+                    _store_bytes(out, to, _joined(codes, dot), strip)
 
 
 def _interleaved(a: Expr, b: Expr, half: int, size: int, width: int) -> Expr:
@@ -283,15 +290,19 @@ def _interleaved(a: Expr, b: Expr, half: int, size: int, width: int) -> Expr:
     return v.bind(tirx.Shuffle([a, b], [tirx.const(pick, "int32") for pick in picks]))
 
 
-def _store_bytes(out: Buffer, to: Expr, codes: list[Expr], strip: Strip) -> None:
+def _joined(codes: list[Expr], dot: ByteDot) -> Expr:
     """Four registers of codes, one channel a lane -> bytes in the order of the channels."""
-    dot = strip.dot
     word = codes[0]
     for q in range(1, GROUP):
         word = word | tirx.shift_left(codes[q], v.full(8 * q, "int32", dot.lanes))
     mixed = v.bind(v.reinterpret(word, "uint8", dot.bytes))
     picks = [start + 4 * slot + q for start in range(0, dot.bytes, QUARTER) for q in range(GROUP) for slot in range(4)]
-    ordered = v.bind(tirx.Shuffle([mixed], [tirx.const(pick, "int32") for pick in picks]))
+    return v.bind(tirx.Shuffle([mixed], [tirx.const(pick, "int32") for pick in picks]))
+
+
+def _store_bytes(out: Buffer, to: Expr, ordered: Expr, strip: Strip) -> None:
+    """The bytes of the channels that exist."""
+    dot = strip.dot
     if strip.count == dot.bytes:
         v.store(out, [to], ordered, dot.bytes)
     else:

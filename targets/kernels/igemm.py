@@ -21,7 +21,7 @@ from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.codes import UnitCodes
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
-from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare, store_codes
+from kbitc.targets.kernels.requantize import Epilogue, arguments, packed_codes, prepare, store_codes, store_first
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows, padded_size, unknown_size
 from kbitc.targets.kernels.tasks import row_tasks, store_channels
 
@@ -184,21 +184,53 @@ class _Generator:
 
     def _finish(self, out_rows: list[Expr], group: Expr, first: Expr, tiles: int, sums: dict[Key, Buffer]) -> None:
         """Requantize and store; the last tile of a group stores only its real channels."""
-        spec, lanes = self.spec, self.dot.lanes
+        spec, lanes, packs = self.spec, self.dot.lanes, self._packs(tiles)
+        codes: dict[Key, Expr] = {}
         for i in range(tiles):
             tile = v.bind(first + i)
-            own = tile if spec.groups == 1 else v.bind(tile - group * spec.group_tiles)
+            own = self._own(tile, group)
             for p in range(self.dot.parts):
-                way = spec.epilogue
-                made = None if way is None else prepare(way, self.dot, self.numbers, v.bind(tile * LANES + p * lanes))
+                way, place = spec.epilogue, v.bind(tile * LANES + p * lanes)
+                made = None if way is None else prepare(way, self.dot, self.numbers, place, limited=not packs)
                 for r, m in enumerate(out_rows):
                     acc = v.bind(v.get(sums[r, i, p], lanes))
+                    if made is not None:
+                        codes[r, i, p] = v.bind(made(acc))
                     for out, kind in self.outs:
                         if kind == "int32" or made is None:
                             store_channels(out, [m, group], own, p, acc, spec.outputs, lanes)
-                        else:
-                            codes = v.bind(v.cast(v.bind(made(acc)), kind, lanes))
-                            store_codes(out, [m, group], own, p, codes, spec.outputs, lanes)
+                        elif not packs:
+                            narrow = v.bind(v.cast(codes[r, i, p], kind, lanes))
+                            store_codes(out, [m, group], own, p, narrow, spec.outputs, lanes)
+        if packs and spec.epilogue is not None:
+            start = v.bind(self._own(first, group) * LANES)
+            for r, m in enumerate(out_rows):
+                self._store_packed(spec.epilogue, [m, group], start, [codes[key] for key in sums if key[0] == r])
+
+    def _own(self, tile: Expr, group: Expr) -> Expr:
+        """The tile counted from the first of its group."""
+        return tile if self.spec.groups == 1 else v.bind(tile - group * self.spec.group_tiles)
+
+    def _packs(self, tiles: int) -> bool:
+        """Whether the codes of some whole tiles are packed together: it takes fewer instructions than one by one."""
+        whole = self.spec.outputs % LANES == 0 and tiles * self.dot.parts > 1
+        return whole and self.spec.epilogue is not None and self.dot.packs
+
+    def _store_packed(self, way: Epilogue, outer: list[Expr], start: Expr, values: list[Expr]) -> None:
+        """Vectors of neighbouring channels, four at a time. `ByteDot.packed` has them in turns of four channels."""
+        dot = self.dot
+        words = dot.lanes  # of four bytes
+        order = [tirx.const(k * GROUP + q, "int32") for q in range(GROUP) for k in range(words // GROUP)]
+        for at in range(0, len(values), GROUP):
+            some = values[at : at + GROUP]
+            mixed = v.bind(v.reinterpret(packed_codes(way, dot, some), "int32", words))
+            codes = v.bind(v.reinterpret(tirx.Shuffle([mixed], order), "uint8", dot.bytes))
+            place, count = v.bind(start + at * dot.lanes), len(some) * dot.lanes
+            for out, kind in self.outs:
+                if kind == "uint8" and count == dot.bytes:
+                    v.store(out, [*outer, place], codes, dot.bytes)
+                elif kind == "uint8":
+                    store_first(out, outer, place, codes, dot.bytes, count)
 
 
 class _Tile:

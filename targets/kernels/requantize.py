@@ -12,7 +12,7 @@ Two ways that give the same numbers:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
-from kbitc.quant.packing import LANES
+from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.byte_dot import ByteDot
 from kbitc.targets.lower.contraction import Requantization
@@ -29,6 +29,7 @@ Expr = Any
 Buffer = Any
 Array = npt.NDArray[Any]
 HALF = 32
+WHOLE = 255
 MOST_SHIFT = 54  # zero << shift stays below 2^62
 PARTS = ("multiplier", "shift", "addend")
 DTYPES = {"multiplier": "int32", "shift": "int32", "addend": "int64"}
@@ -93,7 +94,9 @@ def arrays(requantize: Requantization, places: npt.NDArray[np.int64], dot: ByteD
     }
 
 
-def prepare(way: Epilogue, dot: ByteDot, buffers: dict[str, Buffer], place: Expr) -> Callable[[Expr], Expr]:
+def prepare(
+    way: Epilogue, dot: ByteDot, buffers: dict[str, Buffer], place: Expr, *, limited: bool = True
+) -> Callable[[Expr], Expr]:
     """Load the numbers of `dot.lanes` channels; what is returned makes codes of their accumulators.
 
     Args:
@@ -101,9 +104,10 @@ def prepare(way: Epilogue, dot: ByteDot, buffers: dict[str, Buffer], place: Expr
         dot: instruction set.
         buffers: the arguments of `arrays`.
         place: of the first channel.
+        limited: clip the codes; else `packed_codes` does it.
 
     Returns:
-        int32 vector -> int32 vector of codes in low..high.
+        int32 vector -> int32 vector of codes, in low..high if they are limited.
     """
     lanes = dot.lanes
     multiplier = v.bind(v.load(buffers["multiplier"], [place], lanes))
@@ -123,9 +127,23 @@ def prepare(way: Epilogue, dot: ByteDot, buffers: dict[str, Buffer], place: Expr
             wide = v.cast(acc, "int64", lanes) * v.cast(multiplier, "int64", lanes)
             addend = v.load(buffers["addend"], [place], lanes)
             upper = v.cast(tirx.shift_right(wide + addend, v.full(HALF, "int64", lanes)), "int32", lanes)
-        return clip(tirx.shift_right(v.bind(upper), shift), way.low, way.high_code, "int32", lanes)
+        moved = tirx.shift_right(v.bind(upper), shift)
+        return clip(moved, way.low, way.high_code, "int32", lanes) if limited else moved
 
     return codes
+
+
+def packed_codes(way: Epilogue, dot: ByteDot, values: Sequence[Expr]) -> Expr:
+    """Up to four int32 vectors of codes without limits as one uint8 vector in low..high, in the order of `dot.packed`.
+
+    Saturation to 16 bits, then to 0..255, then to low..high is the same as low..high at once.
+    """
+    bytes_ = dot.packed([values[min(i, len(values) - 1)] for i in range(GROUP)])
+    if way.low > 0:
+        bytes_ = tirx.max(bytes_, v.full(way.low, "uint8", dot.bytes))
+    if way.high_code < WHOLE:
+        bytes_ = tirx.min(bytes_, v.full(way.high_code, "uint8", dot.bytes))
+    return v.bind(bytes_)
 
 
 def _pairs(values: Expr, lanes: int) -> list[Expr]:

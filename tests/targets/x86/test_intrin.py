@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kbitc.targets.target import host_runs, parse_target
-from kbitc.targets.x86.intrin import vpdpbusd, vpermb, vpmaddwd, vpshufb
+from kbitc.targets.x86.intrin import packs, vpdpbusd, vpermb, vpmaddwd, vpshufb
 from kbitc.targets.x86.intrin.avx2 import Avx2
 from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
 from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
@@ -50,6 +50,24 @@ def _vpermi2b() -> Instruction:
     return Instruction("vpermi2b", (table[:64], table[64:], indices), vpermb.emit_two, wanted)
 
 
+def _packs(lanes: int) -> tuple[Instruction, Instruction]:
+    """Both instructions on random numbers and on the ends of the ranges that they saturate to."""
+    edges = np.array([-(2**31), -32769, -32768, 32767, 32768, 2**31 - 1, 0, 255], np.int32)
+    low, high = (np.resize(_mixed(np.int32, edges), lanes) for _ in range(2))
+    small = np.array([-32768, -1, 0, 254, 255, 256, 32767, 7], np.int16)
+    left, right = (np.resize(_mixed(np.int16, small), 2 * lanes) for _ in range(2))
+    words, bytes_ = packs.meaning(low, high, np.int16), packs.meaning(left, right, np.uint8)
+    return (
+        Instruction(f"vpackssdw{lanes}", (low, high), partial(packs.words, lanes=lanes), words),
+        Instruction(f"vpackuswb{lanes}", (left, right), partial(packs.unsigned_bytes, lanes=lanes), bytes_),
+    )
+
+
+def _mixed(dtype: Any, edges: Any) -> Any:
+    found = np.concatenate([edges, _random(dtype, 8)])
+    return RANDOM.permutation(found)
+
+
 def _look_up_any(entries: int) -> Instruction:
     """Codes below the number of entries after whatever bits lie above them."""
     isa, table, codes = Avx512Vbmi(), _random(np.uint8, entries), _random(np.uint8, 64)
@@ -73,6 +91,8 @@ WIDE = (
     _vpdpbusd("lowest", np.zeros(16, np.int32), np.full(64, 255, np.uint8), np.full(64, -128, np.int8)),
     _vpdpbusd("wraps", np.full(16, 2**31 - 1, np.int32), np.full(64, 255, np.uint8), np.full(64, 127, np.int8)),
     _vpshufb(64),
+    *_packs(16),
+    *_packs(4),
     *(_look_up(Avx512Vnni(), entries) for entries in (2, 16, 32, 64, 128, 256)),
 )
 VBMI = (_vpermb(), _vpermi2b(), *(_look_up_any(entries) for entries in (2, 4, 8, 16, 32, 64, 128, 256)))
@@ -80,6 +100,7 @@ NARROW = (
     _vpmaddwd("random", _random(np.int16, 16), _random(np.int16, 16)),
     _vpmaddwd("levels", np.full(16, 255, np.int16), np.full(16, -128, np.int16)),
     _vpshufb(32),
+    *_packs(8),
     *(_look_up(Avx2(), entries) for entries in (2, 16, 32, 64, 128, 256)),
 )
 

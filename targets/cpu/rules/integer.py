@@ -16,7 +16,7 @@ import numpy.typing as npt
 from kbitc.errors import InternalError
 from kbitc.quant.levels import LevelTensor
 from kbitc.quant.packing import LANES, UNIT, pack_codes, pack_per_channel
-from kbitc.targets.kernels.byte_border import make_byte_border
+from kbitc.targets.kernels.border import BorderSpec, make_border
 from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot
 from kbitc.targets.kernels.ibatch import IbatchSpec, make_ibatch, make_pack
 from kbitc.targets.kernels.idepthwise import (
@@ -265,8 +265,8 @@ def _bordered(ctx: EmitContext, contraction: Contraction, x: RelaxExpr, slack: i
     channels = contraction.x_shape[-1]
     key = ("byte border", hash(x), conv.pads, contraction.x_zero, slack)
     if key not in ctx.memo:
-        what = (contraction.x_shape[:3], channels, conv.pads, contraction.x_zero, slack)
-        func = cached(ctx, ("byte_border", repr(what)), lambda: make_byte_border(*what, "byte_border"))
+        what = BorderSpec(contraction.x_shape[:3], channels, conv.pads, "uint8", contraction.x_zero, slack)
+        func = cached(ctx, ("byte_border", repr(what)), lambda: make_border(what, "byte_border"))
         size = rows.batch * rows.padded_height * rows.padded_width * channels + slack
         # The variable is kept so that its hash, its identity in TVM, stays its own.
         ctx.memo[key] = (x, ctx.call(func, "byte_border", [x], [((size,), "uint8")]))

@@ -13,12 +13,12 @@ import numpy as np
 
 from kbitc.errors import InternalError
 from kbitc.quant.tensor import QTensor
+from kbitc.targets.kernels.border import BorderSpec, make_border
 from kbitc.targets.kernels.dynamic_quantize import make_dynamic_quantize
 from kbitc.targets.kernels.embedding import EmbeddingSpec, make_embedding
 from kbitc.targets.kernels.grouped_conv import MOST_WEIGHTS, GroupedSpec, make_grouped_conv
 from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.packed import WeightSpec, weight_fields
-from kbitc.targets.kernels.pad_rows import make_pad_rows
 from kbitc.targets.kernels.qgemm import make_qgemm
 from kbitc.targets.kernels.rows import MatmulRows
 from kbitc.targets.kernels.wgemm import WgemmSpec, make_wgemm
@@ -148,14 +148,9 @@ def bordered(ctx: EmitContext, contraction: Contraction, x: RelaxExpr) -> RelaxE
     pads = contraction.conv.pads
     key = ("bordered", hash(x), pads)
     if key not in ctx.memo:
-        rows = rows_of(contraction)
-        batch, height, width = rows.source_shape
-        channels = contraction.x_shape[-1]
-        lead = contraction.x_shape[:-1]
-        func = cached(
-            ctx,
-            ("pad_rows", repr((lead, height, width, channels, pads))),
-            lambda: make_pad_rows(lead, (height, width), channels, pads, "pad_rows"),
-        )
-        ctx.memo[key] = (x, ctx.call(func, "pad_rows", [x], [((batch, height, width, channels), "float32")]))
+        *lead, channels = contraction.x_shape
+        what = BorderSpec(tuple(lead), channels, pads, "float32", 0.0)
+        func = cached(ctx, ("pad_rows", repr(what)), lambda: make_border(what, "pad_rows"))
+        shape = (*rows_of(contraction).source_shape, channels)
+        ctx.memo[key] = (x, ctx.call(func, "pad_rows", [x], [(shape, "float32")]))
     return ctx.memo[key][1]

@@ -11,7 +11,6 @@ written.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -19,6 +18,7 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import LANES
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.batch import BatchSpec, quotient, source_batch
 from kbitc.targets.kernels.ftile import Registers, Sums
 
 Expr = Any
@@ -30,31 +30,9 @@ TASK_ROW_TILES = 16
 DYNAMIC_TILES = 2
 
 
-@dataclass(frozen=True)
-class BatchSpec:
-    """What a kernel computes.
-
-    Attributes:
-        a_lead, b_lead, lead: leading dimensions of a, b and out; those of a and b broadcast.
-        rows, channels, columns: M, C, N.
-    """
-
-    a_lead: tuple[Dim, ...]
-    b_lead: tuple[Dim, ...]
-    lead: tuple[Dim, ...]
-    rows: Dim
-    channels: Dim
-    columns: Dim
-
-
 def make_fbatch(spec: BatchSpec, registers: Registers, name: str) -> Any:
     """The PrimFunc: a f32 [*a lead, M, C], b f32 [*b lead, C, N], out f32 [*lead, M, N]."""
     return v.kernel(name, lambda: _Generator(spec, registers).emit())
-
-
-def quotient(value: Dim, by: int) -> Dim:
-    """value // by of a size."""
-    return value // by if isinstance(value, int) else tirx.truncdiv(value, v.i64(by))
 
 
 class _Generator:
@@ -68,7 +46,7 @@ class _Generator:
     def emit(self) -> None:
         """Arguments, then a task for some rows of one batch."""
         spec, dims = self.spec, v.DimVars()
-        a_lead, b_lead, lead = (tuple(dims(d) for d in given) for given in (spec.a_lead, spec.b_lead, spec.lead))
+        a_lead, b_lead, lead = spec.leads(dims)
         self.rows, self.channels, self.columns = (dims(d) for d in (spec.rows, spec.channels, spec.columns))
         a_shape, b_shape = (*a_lead, self.rows, self.channels), (*b_lead, self.channels, self.columns)
         shape = (*lead, self.rows, self.columns)
@@ -182,28 +160,6 @@ class _Generator:
     def _mask(self, part: int, real: Expr) -> Expr:
         lane = tirx.Ramp(tirx.const(part * self.lanes, "int32"), tirx.const(1, "int32"), self.lanes)
         return lane < v.splat(tirx.Cast("int32", real), self.lanes)
-
-
-def source_batch(batch: Expr, lead: Sequence[Dim], own: Sequence[Dim]) -> Expr:
-    """Which matrix of an operand belongs to matrix `batch` of the output.
-
-    Args:
-        batch: index of an output matrix.
-        lead: leading dimensions of the output.
-        own: leading dimensions of the operand; 1 repeats, missing ones too.
-    """
-    offset: Expr = v.i64(0)
-    stride: Dim = 1
-    for axis in range(len(lead) - 1, -1, -1):
-        place = axis - (len(lead) - len(own))
-        if place < 0:
-            break
-        index = tirx.truncmod(batch, v.i64(lead[axis])) if axis else batch
-        if not (isinstance(own[place], int) and own[place] == 1):
-            offset = offset + index * stride
-            stride = stride * own[place]
-        batch = tirx.truncdiv(batch, v.i64(lead[axis]))
-    return offset
 
 
 def make_transposed(lead: Sequence[Dim], rows: Dim, columns: Dim, registers: Registers, name: str) -> Any:

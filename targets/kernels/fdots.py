@@ -8,7 +8,6 @@ added in halves: j with j + 8, then + 4, + 2, + 1. So an output has the same bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -16,7 +15,7 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import LANES
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.fbatch import source_batch
+from kbitc.targets.kernels.batch import BatchSpec, source_batch
 from kbitc.targets.kernels.mathfn import fma
 
 Expr = Any
@@ -28,25 +27,6 @@ MOST_ROWS = 4
 MOST_CHANNELS = 256
 
 
-@dataclass(frozen=True)
-class DotsSpec:
-    """What a kernel computes.
-
-    Attributes:
-        a_lead, b_lead, lead: leading dimensions of a, b and out; those of a and b broadcast.
-        rows: M, a number up to `MOST_ROWS`.
-        channels: C, a multiple of 16 up to `MOST_CHANNELS`.
-        columns: N.
-    """
-
-    a_lead: tuple[Dim, ...]
-    b_lead: tuple[Dim, ...]
-    lead: tuple[Dim, ...]
-    rows: int
-    channels: int
-    columns: Dim
-
-
 def takes(rows: Dim, channels: Dim) -> bool:
     """Whether there is a kernel for so many rows and channels."""
     if not isinstance(rows, int) or not isinstance(channels, int):
@@ -54,22 +34,22 @@ def takes(rows: Dim, channels: Dim) -> bool:
     return rows <= MOST_ROWS and channels % LANES == 0 and 0 < channels <= MOST_CHANNELS
 
 
-def make_fdots(spec: DotsSpec, lanes: int, name: str) -> Any:
-    """The PrimFunc: a f32 [*a lead, M, C], b f32 [*b lead, N, C], out f32 [*lead, M, N]."""
+def make_fdots(spec: BatchSpec, lanes: int, name: str) -> Any:
+    """The PrimFunc: a f32 [*a lead, M, C], b f32 [*b lead, N, C], out f32 [*lead, M, N]; M and C as `takes` says."""
     return v.kernel(name, lambda: _Generator(spec, lanes).emit())
 
 
 class _Generator:
     """Emits the statements of one kernel."""
 
-    def __init__(self, spec: DotsSpec, lanes: int) -> None:
+    def __init__(self, spec: BatchSpec, lanes: int) -> None:
         self.spec = spec
         self.lanes = lanes
 
     def emit(self) -> None:
         """Arguments, then a task a batch."""
         spec, dims = self.spec, v.DimVars()
-        a_lead, b_lead, lead = (tuple(dims(d) for d in given) for given in (spec.a_lead, spec.b_lead, spec.lead))
+        a_lead, b_lead, lead = spec.leads(dims)
         self.columns = dims(spec.columns)
         shapes = (*a_lead, spec.rows, spec.channels), (*b_lead, self.columns, spec.channels)
         out_shape = (*lead, spec.rows, self.columns)

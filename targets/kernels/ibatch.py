@@ -23,8 +23,8 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import GROUP, LANES, VECTOR_BYTES
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.batch import BatchSpec, quotient, source_batch
 from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
-from kbitc.targets.kernels.fbatch import quotient, source_batch
 from kbitc.targets.kernels.requantize import Epilogue, arguments, prepare
 
 Expr = Any
@@ -40,24 +40,16 @@ TASK_ROW_TILES = 8
 
 
 @dataclass(frozen=True)
-class IbatchSpec:
+class IbatchSpec(BatchSpec):
     """What the kernels compute.
 
     Attributes:
-        a_lead, b_lead, lead: leading dimensions of a, b and out; those of a and b broadcast.
-        rows, channels, columns: M, C, N.
         swapped: b is [..., N, C].
         a_zero, b_zero: zero points.
         epilogue: how accumulators become uint8; None leaves them int32.
         accumulators: also write the accumulators when there is an epilogue.
     """
 
-    a_lead: tuple[Dim, ...]
-    b_lead: tuple[Dim, ...]
-    lead: tuple[Dim, ...]
-    rows: Dim
-    channels: Dim
-    columns: Dim
     swapped: bool
     a_zero: int
     b_zero: int
@@ -204,7 +196,7 @@ class _Product:
     def emit(self) -> None:
         """Arguments, tasks."""
         spec, dims = self.spec, v.DimVars()
-        a_lead, b_lead, lead = (tuple(dims(d) for d in given) for given in (spec.a_lead, spec.b_lead, spec.lead))
+        a_lead, b_lead, lead = spec.leads(dims)
         rows, self.channels, self.columns = (dims(d) for d in (spec.rows, spec.channels, spec.columns))
         self.tiles = quotient(self.columns + (LANES - 1), LANES)
         self.steps = quotient(self.channels + (GROUP - 1), GROUP)

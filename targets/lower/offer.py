@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ def find_tail(node: ir.Node, bias: FloatArray | None, n: int, axis: int, rank: i
     output, nodes, post = node.outputs[0], [], None
     user = edit.only_use(output)
     if user is not None and edit.is_op(user, "Add"):
-        added = _channel_vector(user, output, n, axis, rank)
+        added = channel_vector(user, output, n, axis, rank, np.float32)
         if added is not None:
             bias = added if bias is None else np.asarray(bias + added, np.float32)
             nodes.append(user)
@@ -66,17 +67,18 @@ def find_tail(node: ir.Node, bias: FloatArray | None, n: int, axis: int, rank: i
     return Tail(bias, post, output, tuple(nodes))
 
 
-def _channel_vector(user: ir.Node, output: ir.Value, n: int, axis: int, rank: int) -> FloatArray | None:
-    """The constant operand of an Add as one number a channel; None when it is not that."""
-    other = user.inputs[1] if user.inputs[0] is output else user.inputs[0]
-    array = edit.constant(other)
-    if array is None or array.dtype != np.float32 or array.ndim > rank:
+def channel_vector(
+    user: ir.Node, output: ir.Value, n: int, axis: int, rank: int, dtype: npt.DTypeLike
+) -> npt.NDArray[Any] | None:
+    """The constant operand of an Add as one number of the dtype a channel; None when it is not that."""
+    array = edit.constant(user.inputs[1] if user.inputs[0] is output else user.inputs[0])
+    if array is None or array.dtype != dtype or array.ndim > rank:
         return None
     if array.size == 1:
-        return np.full(n, array.reshape(-1)[0], np.float32)
+        return np.full(n, array.reshape(-1)[0], dtype)
     wide = (1,) * (rank - array.ndim) + array.shape
     wanted = tuple(n if place == axis else 1 for place in range(rank))
-    return np.asarray(array.reshape(-1), np.float32) if wide == wanted else None
+    return np.asarray(array.reshape(-1), dtype) if wide == wanted else None
 
 
 def _post(user: ir.Node) -> PostFunction | None:

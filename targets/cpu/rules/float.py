@@ -12,7 +12,8 @@ import numpy.typing as npt
 from kbitc.errors import InternalError
 from kbitc.targets.cpu.rules.quantized import bordered
 from kbitc.targets.kernels import fdots
-from kbitc.targets.kernels.fbatch import BatchSpec, make_fbatch, make_transposed
+from kbitc.targets.kernels.batch import BatchSpec
+from kbitc.targets.kernels.fbatch import make_fbatch, make_transposed
 from kbitc.targets.kernels.fdepthwise import DepthwiseSpec, make_fdepthwise
 from kbitc.targets.kernels.fgemm import FgemmSpec, make_fgemm, pack_bias, pack_float
 from kbitc.targets.kernels.ftile import registers_of
@@ -89,7 +90,7 @@ class FloatBatchProduct:
         *a_lead, rows, channels = contraction.x_shape
         if contraction.transpose_b and fdots.takes(rows, channels):
             out_lead = contraction.out_shape[:-2]
-            dots = fdots.DotsSpec(tuple(a_lead), tuple(b_shape[:-2]), out_lead, rows, channels, b_shape[-2])
+            dots = BatchSpec(tuple(a_lead), tuple(b_shape[:-2]), out_lead, rows, channels, b_shape[-2])
             return _few_dots(ctx, dots, registers.lanes, (a, b))
         if contraction.transpose_b:
             *outer, columns, channels = b_shape
@@ -103,7 +104,7 @@ class FloatBatchProduct:
         return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
 
 
-def _few_dots(ctx: EmitContext, spec: fdots.DotsSpec, lanes: int, inputs: tuple[RelaxExpr, RelaxExpr]) -> RelaxExpr:
+def _few_dots(ctx: EmitContext, spec: BatchSpec, lanes: int, inputs: tuple[RelaxExpr, RelaxExpr]) -> RelaxExpr:
     name = "float_dots"
     func = cached(ctx, (name, repr(spec), str(lanes)), lambda: fdots.make_fdots(spec, lanes, name))
     return ctx.call(func, name, list(inputs), [((*spec.lead, spec.rows, spec.columns), "float32")])

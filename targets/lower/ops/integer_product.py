@@ -25,7 +25,7 @@ from kbitc.targets.lower import attributes, dims, dtypes
 from kbitc.targets.lower.broadcast import elementwise, result_shape
 from kbitc.targets.lower.context import Context
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes, Dim, Requantization
-from kbitc.targets.lower.offer import offer, unique_name
+from kbitc.targets.lower.offer import channel_vector, offer, unique_name
 from kbitc.targets.lower.ops.contraction import product
 from kbitc.targets.lower.ops.convolution import (
     check_channels,
@@ -75,7 +75,7 @@ def find_integer_tail(node: ir.Node, n: Dim, axis: int, rank: int) -> IntegerTai
     output, nodes, bias, numbers = node.outputs[0], [], None, None
     user = edit.only_use(output)
     if user is not None and edit.is_op(user, "Add") and isinstance(n, int):
-        bias = _channel_vector(user, output, n, axis, rank)
+        bias = channel_vector(user, output, n, axis, rank, np.int32)
         if bias is not None:
             nodes.append(user)
             output = user.outputs[0]
@@ -89,18 +89,6 @@ def find_integer_tail(node: ir.Node, n: Dim, axis: int, rank: int) -> IntegerTai
         else:
             numbers = None
     return IntegerTail(bias, numbers, output, tuple(nodes))
-
-
-def _channel_vector(user: ir.Node, output: ir.Value, n: int, axis: int, rank: int) -> IntArray | None:
-    """The constant operand of an Add as one int32 a channel; None when it is not that."""
-    array = edit.constant(user.inputs[1] if user.inputs[0] is output else user.inputs[0])
-    if array is None or array.dtype != np.int32 or array.ndim > rank:
-        return None
-    if array.size == 1:
-        return np.full(n, array.reshape(-1)[0], np.int32)
-    wide = (1,) * (rank - array.ndim) + array.shape
-    wanted = tuple(n if place == axis else 1 for place in range(rank))
-    return np.asarray(array.reshape(-1), np.int32) if wide == wanted else None
 
 
 def requantization(node: ir.Node) -> Requantization | None:

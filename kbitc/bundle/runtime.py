@@ -12,11 +12,13 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import as_strided
 
 from kbitc import catalog
 from kbitc.bundle.engine import Engine, set_threads
@@ -144,6 +146,10 @@ def _extent(array: Array) -> tuple[int, int]:
 
 def aligned(array: Array) -> Array:
     """The array itself when it is contiguous, writeable and starts on 64 bytes, as TVM's code assumes; else a copy."""
+    if not array.size:
+        # TVM asks for strides that are products of the dims behind, zeros too; numpy's own are all zero.
+        strides = [prod(array.shape[axis + 1 :]) * array.itemsize for axis in range(array.ndim)]
+        return as_strided(np.zeros(1, array.dtype), array.shape, strides)
     if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
         return array
     room = np.empty(array.nbytes + ALIGNMENT, np.uint8)

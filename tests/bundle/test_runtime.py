@@ -180,6 +180,12 @@ def test_aligned_copies_only_when_it_must(offset: int) -> None:
     assert np.shares_memory(result, room) == (offset == 0)
 
 
+def test_empty_arrays_get_the_strides_that_compiled_code_checks() -> None:
+    """The empty cache of a decoder's first step; numpy gives it strides of zero."""
+    empty = aligned(np.empty((2, 4, 0, 8), np.float32))
+    assert (empty.shape, empty.dtype, empty.strides) == ((2, 4, 0, 8), np.float32, (0, 0, 32, 4))
+
+
 def test_raw_runs_give_the_same(bundle: Path, compiled: tiny.Tiny) -> None:
     model = load(bundle)
     feeds = tiny.feeds()

@@ -68,7 +68,7 @@ class Cached(nn.Module):  # type: ignore[misc, name-defined]
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(64, WIDTH)
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Embedding(128, WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
 
     def forward(self, words: Any, keys: Any, values: Any) -> Any:

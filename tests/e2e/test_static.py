@@ -29,25 +29,28 @@ def digest(outputs: Mapping[str, Any]) -> str:
 
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory, task: Callable[[str], Task]) -> Compile:
-    """`static("cls", target)`: compiled with every integer tensor as an output."""
+    """`static("cls", target, integer_only)`: compiled with every integer tensor as an output."""
     folder = tmp_path_factory.mktemp("static")
 
-    def get(name: str, target: str) -> Path:
+    def get(name: str, target: str, integer_only: bool) -> Path:
         own = task(name)
         bundle = folder / f"{name}-{target.replace(':', '-')}-{len(list(folder.iterdir()))}.kbit"
         kbitc.compile(
-            own.model, bundle, bits=8, target=target, shapes=own.shapes, activations="static",
-            calibration=own.calibration, debug_accumulators=True,
+            own.model, bundle, bits=8, target=target, shapes=own.shapes, integer_only=integer_only,
+            activations=None if integer_only else "static", calibration=own.calibration, debug_accumulators=True,
         )  # fmt: skip
         return bundle
 
     return get
 
 
+@pytest.mark.parametrize("integer_only", [False, True])
 @pytest.mark.parametrize("name", ["cls", "magika", "minilm"])
-def test_every_integer_is_the_same(name: str, static: Compile, task: Callable[[str], Task]) -> None:
+def test_every_integer_is_the_same(
+    name: str, integer_only: bool, static: Compile, task: Callable[[str], Task]
+) -> None:  # fmt: skip
     feeds = {key: np.ascontiguousarray(array[:1]) for key, array in task(name).batches[0].items()}
-    wanted = kbitc.load(static(name, "x86:avx512vnni"))(feeds)
+    wanted = kbitc.load(static(name, "x86:avx512vnni", integer_only))(feeds)
     assert sum(array.dtype in (np.uint8, np.int32) for array in wanted.values()) > 5
-    assert digest(kbitc.load(static(name, "x86:avx2"))(feeds)) == digest(wanted)
-    assert digest(run_bundle(static(name, "arm-neon"), feeds).outputs) == digest(wanted)
+    assert digest(kbitc.load(static(name, "x86:avx2", integer_only))(feeds)) == digest(wanted)
+    assert digest(run_bundle(static(name, "arm-neon", integer_only), feeds).outputs) == digest(wanted)

@@ -26,6 +26,8 @@ SOLVERS = "kbitc.passes.solvers"
 EQUALIZERS = "kbitc.passes.equalize"
 CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
 CALIBRATED_EQUALIZERS = ("bias_correction",)
+#: Before those, where codes of activations have one scale a tensor.
+STATIC_EQUALIZERS = ("norm_outliers",)
 #: The solver of this name is half of a method; the other half is the equalizer of this name.
 AWQ = "awq"
 #: Options of `kbitc compile` that `kbitc quantize` has not.
@@ -126,6 +128,7 @@ class CompileOptions:
         equalizers = self.equalize
         if equalizers is None:
             equalizers = CALIBRATED_EQUALIZERS if calibrated else ()
+            equalizers = (*STATIC_EQUALIZERS, *equalizers) if calibrated and self.activation == UINT8 else equalizers
         if solver == AWQ and AWQ not in equalizers:
             equalizers = (AWQ, *equalizers)
         return Method(solver, equalizers, self.sequential)

@@ -27,7 +27,7 @@ FloatArray = npt.NDArray[np.float32]
 Feeds = Mapping[str, npt.NDArray[Any]]
 BIAS_CORRECTION = "bias_correction"
 #: Equalizers that do nothing without calibration data.
-NEED_DATA = ("awq", "smoothquant")
+NEED_DATA = ("awq", "norm_outliers", "smoothquant")
 #: Parts into which `sequential` cuts the layers of a model.
 PARTS = 12
 

@@ -14,13 +14,14 @@ ADD, MUL, CONCAT, MOVE, PEAK = "add", "mul", "concat", "move", "peak"
 MEAN, AVERAGE, TABLE, NONE = "mean", "average", "table", "none"
 SOFTMAX, NORM = "softmax", "norm"
 SUM, LENGTH, ROOT, QUOTIENT, SHIFT, EXP = "sum", "length", "root", "quotient", "shift", "exp"
+SCALE = "scale"
 #: Families whose output has the codes of their first input.
 KEEPS_CODES = frozenset((MOVE, PEAK))
 #: Families that sum products or elements in int32.
 ACCUMULATES = frozenset((CONTRACTION, PRODUCT, MUL, MEAN, AVERAGE))
 #: Families that read int32 numbers and give int32 numbers. Only an integer-only graph has these, and softmax: elsewhere
 #: floats are more accurate and cost little.
-WIDE = frozenset((NORM, SUM, LENGTH, ROOT, QUOTIENT, SHIFT, EXP))
+WIDE = frozenset((NORM, SUM, LENGTH, ROOT, QUOTIENT, SHIFT, EXP, SCALE))
 INTEGER_ONLY = WIDE | {SOFTMAX}
 
 

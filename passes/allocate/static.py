@@ -131,7 +131,7 @@ def wide_entries(decision: Decision, stats: CalibrationStats) -> tuple[ValueEntr
         form = decision.forms[node]
         if form.family in _READS_LOGITS or (node in decision.wide and form.output in logits):
             logits.update(form.inputs)
-        ends = [form.output] if node in decision.wide or form.family in families.WIDE else []
+        ends = [form.output] if node in decision.wide or form.family in families.WIDE - {families.SCALE} else []
         ends += [form.inputs[0]] if form.family in _READS_SCALED else []
         for value in ends:
             if value is None or value.name in found or edit.constant(value) is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.graph import edit, images
@@ -13,10 +15,12 @@ from kbitc.passes.allocate.families import (
     EXP,
     LENGTH,
     MOVE,
+    MUL,
     NONE,
     NORM,
     QUOTIENT,
     ROOT,
+    SCALE,
     SHIFT,
     SOFTMAX,
     SUM,
@@ -48,6 +52,9 @@ def wide_form(node: ir.Node, form: Form, known: Mapping[ir.Value, Form]) -> Form
             return Form(MOVE, (table,), node.outputs[0])
         maker = _FAMILIES.get(node.op_type)
         return form if maker is None else maker(node)
+    if form.family == MUL:
+        source = channel_factors(node)
+        return form if source is None else Form(SCALE, (source[0],), node.outputs[0])
     if form.family == TABLE and node.op_type in _SHIFTS:
         sources = images.data_inputs(node)
         behind = known.get(sources[0]) if len(sources) == 1 else None
@@ -55,6 +62,18 @@ def wide_form(node: ir.Node, form: Form, known: Mapping[ir.Value, Form]) -> Form
         if behind is not None and behind.family in WIDE and not turned:
             return Form(SHIFT, (sources[0],), node.outputs[0])
     return form
+
+
+def channel_factors(node: ir.Node) -> tuple[ir.Value, npt.NDArray[np.float64]] | None:
+    """(x, one positive factor for each element of its last axis, f64 [C]) of a Mul; None for another product."""
+    for source, other in (node.inputs, node.inputs[::-1]):
+        array = edit.constant(other)
+        if source is None or array is None or source.shape is None or not len(source.shape):
+            continue
+        last = array.ndim > 0 and array.shape[-1] == array.size == source.shape[-1]
+        if last and array.ndim <= len(source.shape) and (array > 0).all():
+            return source, np.asarray(array.reshape(-1), np.float64)
+    return None
 
 
 def softmax(node: ir.Node) -> Form:

@@ -34,6 +34,7 @@ _SUMS: dict[str, Callable[[Builder, ir.Node], Sums]] = {
     families.QUOTIENT: wide.quotient,
     families.SHIFT: wide.shift,
     families.EXP: wide.exp,
+    families.SCALE: wide.scale,
 }
 #: Numbers between two codes at which a limited value is compared with its limits.
 _SAMPLES = 1025

@@ -16,11 +16,12 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from kbitc.errors import InternalError
 from kbitc.graph import edit, integer_reduce
 from kbitc.graph import integer_functions as integer
 from kbitc.graph import integer_nonlinear as nonlinear
 from kbitc.graph.integer_reduce import WIDE_LIMIT
-from kbitc.passes.allocate import families
+from kbitc.passes.allocate import families, wide_forms
 from kbitc.passes.allocate.static import LOGIT_SCALE
 from kbitc.passes.rewrite.quantize_static.builder import I32, U8, Builder, Sums
 
@@ -185,6 +186,15 @@ def shift(builder: Builder, node: ir.Node) -> Sums:
         limit = 2 * WIDE_LIMIT
     made = builder.emit(node, op_type, inputs, f"{output.name}.wide", I32, output.shape)
     return Sums(made, sums.scales, 0, max(limit, WIDE_LIMIT))
+
+
+def scale(builder: Builder, node: ir.Node) -> Sums:
+    """A positive factor a channel: the same numbers in other steps."""
+    found = wide_forms.channel_factors(node)
+    if found is None:
+        raise InternalError("a product has no factors", where=edit.describe(node))
+    sums = _one_step(builder, found[0], node)
+    return Sums(sums.value, sums.scales[0] * found[1], (edit.rank(node.outputs[0]) or 1) - 1, sums.limit)
 
 
 def exp(builder: Builder, node: ir.Node) -> Sums:

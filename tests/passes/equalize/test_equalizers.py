@@ -29,6 +29,11 @@ CASES: dict[str, tuple[str, dict[str, Array], set[str]]] = {
         {"g": noise(32) + 2, "b": noise(32), "w": noise(32, 8), "u": noise(32, 4)},
         {"smoothquant", "awq"},
     ),
+    "layer norm with a residual": (
+        f"(float[n, 32] x) => (float[n, 8] y, float[n, 32] z) {{ v = {NORM}(x, g, b) y = MatMul(v, w) z = Add(v, x) }}",
+        {"g": noise(32) + 2, "b": noise(32), "w": noise(32, 8)},
+        {"norm_outliers", "awq"},
+    ),
     "product, bias, relu, product": (
         "(float[n, 32] x) => (float[n, 8] y) { a = MatMul(x, u) c = Add(a, b) v = Relu(c) y = MatMul(v, w) }",
         {"u": noise(32, 48), "b": noise(48), "w": noise(48, 8)},

@@ -89,6 +89,19 @@ def test_float_inputs_enter_by_quantization_alone() -> None:
     assert check_steps(original, made, plan, feeds[0])
 
 
+def test_a_factor_for_each_channel_is_part_of_the_multipliers() -> None:
+    """What the equalizer norm_outliers puts between a norm and a product."""
+    graph = """g (float[N, 16] x) => (float[] y) { m = MatMul(x, a) s = Add(m, x) n = LayerNormalization(s, g, h)
+        p = Mul(n, f) o = MatMul(p, b) r = Add(o, n) y = LayerNormalization(r, g, h) }"""
+    weights = {"a": noise(16, 16), "b": noise(16, 16, seed=1), "f": np.abs(noise(16)) + 0.1, **NORMS}
+    original, made, plan, feeds = quantized(graph, weights, integer_only=True)
+    assert legality.float_operators(made) == []
+    (node,) = (node for node in made.graph if node.outputs[0].name == "p.q")
+    assert node.op_type == "Requantize" and node.inputs[1].shape == (16,)
+    assert "kbitc::IntegerMul" not in operator_counts(made)
+    assert check_steps(original, made, plan, feeds[0])
+
+
 def test_what_has_no_integer_form_is_named() -> None:
     graph = "g (float[N, 8] x) => (float[] y) { m = MatMul(x, w) s = Sin(m) y = MatMul(s, w) }"
     with pytest.raises(UnsupportedError, match=r"leaves 2 float operators.*Sin has no integer form"):

@@ -11,6 +11,7 @@ integer convolution.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +167,7 @@ def main() -> None:
         codes, floats = quantized_session(case, made), float_session(case, made)
         check(made, run().numpy().transpose(0, 3, 1, 2).astype(np.int32), codes(), floats())
         contestants = {"kbitc": run, "onnxruntime int8": codes, "onnxruntime float32": floats}
-        timing = harness.interleave(contestants, given.rounds)
+        timing = harness.interleave(contestants, given.rounds, clock=time.thread_time)
         harness.print_table(case.name, timing, against="onnxruntime float32")
         facts = {"target": target.name, "bits": given.bits, "multiply_adds": case.products}
         rows.append(timing.as_json(case.name, against="onnxruntime float32", **facts))

@@ -252,11 +252,12 @@ def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
 
 def check_target(model: ir.Model, target: Target) -> None:
     """Refuse operators that cannot be lowered, before anything is quantized."""
-    from kbitc.bundle.engine import tvm_ffi
+    from kbitc.bundle.engine import torch_hidden, tvm_ffi
     from kbitc.graph.legality import refuse_unlowerable
 
-    tvm_ffi()  # before tvm: it hides torch from tvm_ffi, which would import it, for over a second
-    from kbitc.targets.build import check_lowerable
+    tvm_ffi()  # before tvm, which needs it
+    with torch_hidden():  # tvm would import it where it is installed, for seconds
+        from kbitc.targets.build import check_lowerable
 
     refuse_unlowerable(model)
     check_lowerable(model, target)

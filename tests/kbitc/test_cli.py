@@ -93,6 +93,17 @@ def test_compile_reports_as_json(capsys: pytest.CaptureFixture[str], model: Path
     ]  # fmt: skip
 
 
+def test_compiling_does_not_import_torch(model: Path, tmp_path: Path) -> None:
+    """TVM would, wherever it is installed, which takes longer than a small model."""
+    code = (
+        f"import sys, kbitc; kbitc.compile({str(model)!r}, {str(tmp_path / 'a.kbit')!r}, target='reference')\n"
+        "assert 'tvm' in sys.modules\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_compiling_twice_gives_the_same_bytes(model: Path, bundle: Path, tmp_path: Path) -> None:
     again = tmp_path / bundle.name
     assert _guarded(["compile", str(model), "-o", str(again), "--target", "reference"]) == 0

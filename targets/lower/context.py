@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from tvm import relax, tirx
 
-from kbitc.errors import InternalError
+from kbitc.errors import InternalError, UnsupportedError
 from kbitc.graph.edit import describe
 from kbitc.targets.lower import dims, dtypes
 from kbitc.targets.lower.calls import Calls
@@ -211,9 +211,18 @@ class Context:
         if dims.same_shape(value.shape, shape):
             return value
         tensor = self.tensor(value)
-        kind = relax.TensorType(tuple(dims.expression(dim) for dim in shape), tensor.dtype)
-        var = tensor.var if self.dry else self.builder.match_cast(tensor.var, kind)
-        return Tensor(var, tuple(shape), tensor.dtype)
+        if self.dry:
+            return Tensor(tensor.var, tuple(shape), tensor.dtype)
+        if not dims.defines_itself(tensor.shape, shape):
+            kind = relax.TensorType(tuple(dims.expression(dim) for dim in shape), tensor.dtype)
+            return Tensor(self.builder.match_cast(tensor.var, kind), tuple(shape), tensor.dtype)
+        # TVM takes a cast for a definition, and of n as min(n, 3) would never come to an end. A view is refused when
+        # it is larger than what it shows; that it is smaller is ruled out here.
+        if not all(dims.provably(dims.expression(a) <= dims.expression(b)) for a, b in zip(tensor.shape, shape)):
+            given, wanted = dims.text(tensor.shape), dims.text(shape)
+            raise UnsupportedError("sizes cannot be told to be equal", got=f"{given} for {wanted}",
+                                   remedy="fix the sizes with --shape")  # fmt: skip
+        return self.reshape(tensor, shape)
 
     # Functions besides main
 

@@ -91,6 +91,14 @@ def provably(condition: Any) -> bool:
     return bool(_analyzer(condition).can_prove(condition))
 
 
+def defines_itself(given: Sequence[Dim], wanted: Sequence[Dim]) -> bool:
+    """Whether a wanted size that is a symbol would be defined by an expression that holds it, as n by min(n, 3)."""
+    return any(
+        not is_static(new) and not equal(old, new) and any(symbol.same_as(new) for symbol in variables(old))
+        for old, new in zip(given, wanted, strict=True)
+    )
+
+
 def expression(dim: Dim) -> Any:
     """The dimension as a tvm expression."""
     return tirx.IntImm("int64", dim) if is_static(dim) else dim

@@ -213,6 +213,22 @@ def test_a_constant_table_is_cut_at_a_symbolic_size() -> None:
     for rows in (1, 3):
         x = noise(rows, 2)
         assert np.array_equal(runnable({"x": x})[0], x + np.arange(1, 7, dtype=np.float32).reshape(3, 2)[:rows])
+    with pytest.raises(ValueError, match="View with shape"):
+        runnable({"x": noise(5, 2)})
+
+
+def test_sizes_that_would_define_themselves_are_refused() -> None:
+    """TVM's memory planning would never come to an end."""
+    text = """g (float[s, 2] x, float[6, 2] table) => (float[s, 2] y) <int64[1] zero = {0}, int64[1] two = {2}> {
+        size = Shape<start = 0, end = 1>(x)
+        half = Div(size, two)
+        even = Mul(half, two)
+        part = Slice(table, zero, even, zero)
+        tame = Softmax(part)
+        y = Add(x, tame)
+    }"""
+    with pytest.raises(UnsupportedError, match="cannot be told to be equal"):
+        run_of(model_of(text))
 
 
 def test_an_output_that_is_also_read_is_computed_once() -> None:

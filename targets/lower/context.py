@@ -218,7 +218,8 @@ class Context:
             return Tensor(self.builder.match_cast(tensor.var, kind), tuple(shape), tensor.dtype)
         # TVM takes a cast for a definition, and of n as min(n, 3) would never come to an end. A view is refused when
         # it is larger than what it shows; that it is smaller is ruled out here.
-        if not all(dims.provably(dims.expression(a) <= dims.expression(b)) for a, b in zip(tensor.shape, shape)):
+        pairs = zip(tensor.shape, shape, strict=True)
+        if not all(dims.provably(dims.expression(old) <= dims.expression(new)) for old, new in pairs):
             given, wanted = dims.text(tensor.shape), dims.text(shape)
             raise UnsupportedError("sizes cannot be told to be equal", got=f"{given} for {wanted}",
                                    remedy="fix the sizes with --shape")  # fmt: skip

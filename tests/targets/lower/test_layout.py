@@ -182,9 +182,10 @@ def test_idle_transposes_become_reshapes() -> None:
     assert not reshape_idle_transposes(subject)
 
 
-@pytest.mark.parametrize(("name", "transposes"), [("cls", 1), ("rec", 7), ("magika", 0)])
+@pytest.mark.parametrize(("name", "transposes"), [("cls", 1), ("rec", 7), ("magika", 2)])
 def test_real_models(name: str, transposes: int, real_models: dict[str, Path]) -> None:
-    """cls keeps the Transpose of its input; rec that and three in each of its two attention blocks."""
+    """cls keeps the Transpose of its input; rec that and three in each of its two attention blocks; magika two round
+    its first LayerNormalization, which is over rows: its speed is the same as with reductions over rows."""
     shapes = {"cls": {"x": (1, 3, 48, 192)}, "rec": {"x": (1, 3, 48, 64)}, "magika": {}}[name]
     subject = canonicalize(load_model(real_models[name], shapes=shapes))
     assert moved(subject).get("Transpose", 0) == transposes

@@ -65,11 +65,17 @@ def test_both_runtimes_run_a_cuda_bundle_on_the_device(
         np.testing.assert_array_equal(native[name], array)
 
 
+def as_sm_80(raw: dict[str, Any]) -> None:
+    """Make a manifest say that its module is for another GPU."""
+    raw["target"].update(name="cuda:sm_80", arch="sm_80")
+    raw["variants"][0]["target"] = "cuda:sm_80"
+
+
 def test_another_gpu_is_refused_naming_both(
     emulator: Emulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulator.run(run_tiny, str(tmp_path), 1)
-    tamper.forge(lambda raw: raw["target"].update(name="cuda:sm_80", arch="sm_80"))(tmp_path / "a.kbit")
+    tamper.forge(as_sm_80)(tmp_path / "a.kbit")
     monkeypatch.setenv("LD_LIBRARY_PATH", str(emulator._folder.name))
     with pytest.raises(BundleError, match="cuda:sm_80 needs an NVIDIA GPU of sm_80, this machine has sm_90"):
         run_bundle(tmp_path / "a.kbit", tiny.feeds())

@@ -41,7 +41,7 @@ def tune_path(
         bundle = path if path.is_dir() else _compiled(path, shapes, compiling, Path(folder), on_stage)
         opened = open_bundle(bundle)
         layers = json.loads(opened.path(REPORT).read_text(encoding="utf-8")).get("layers", [])
-    target = parse_target(opened.manifest.target.name)
+    target = parse_target(opened.manifest.variants[0].target)  # the one whose layers the report tells
     check_tunable(target, str(path))
     found = tune_layers(layers, target, sizes_of(opened.manifest.inputs, shapes), on_stage)
     file = tuned_file() if output is None else output

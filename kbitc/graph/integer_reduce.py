@@ -35,12 +35,26 @@ Int64 = npt.NDArray[np.int64]
 
 _LIMIT = """
     lowest = Neg(limit)"""
-_ROUND_ROOT = """
+# The nearest root of `scaled`, 0 where it is not positive. `rooted` wants digits along an axis of their own.
+_ROOT = (
+    """
+    behind = Constant<value_ints = [-1]>()
+    number0 = Unsqueeze(scaled, behind)
+    unit = Constant<value_int = 1>()
+    is_zero = Less(number0, unit)
+    number = Where(is_zero, unit, number0)""",
+    text.rooted("number", "root"),
+    """
     apart1 = Mul(root, root)
     apart = Sub(number, apart1)
     up = Less(root, apart)
     up1 = Cast<to = 7>(up)
-    near = Add(root, up1)"""
+    near = Add(root, up1)
+    zero = Constant<value_int = 0>()
+    made = Where(is_zero, zero, near)
+    made1 = Squeeze(made, behind)
+    Y = Cast<to = 6>(made1)""",
+)
 
 BODIES = {
     # x i32, axes i64 [n], factor, divisor, limit i64 scalars -> i32.
@@ -78,38 +92,16 @@ BODIES = {
         wide = Cast<to = 7>(x)
         square = Mul(wide, wide)
         energy = ReduceSum<keepdims: int = @keepdims>(square, axes)
-        energy1 = Mul(energy, factor)
-        behind = Constant<value_ints = [-1]>()
-        number0 = Unsqueeze(energy1, behind)
-        unit = Constant<value_int = 1>()
-        is_zero = Less(number0, unit)
-        number = Where(is_zero, unit, number0)""",
-        text.rooted("number", "root"),
-        _ROUND_ROOT,
-        """
-        zero = Constant<value_int = 0>()
-        made = Where(is_zero, zero, near)
-        made1 = Squeeze(made, behind)
-        Y = Cast<to = 6>(made1)""",
+        scaled = Mul(energy, factor)""",
+        *_ROOT,
     ),
     # x i32, factor i64 scalar -> i32.
     SQRT: text.function(
         "IntegerSqrt (x, factor)",
         """
         wide = Cast<to = 7>(x)
-        behind = Constant<value_ints = [-1]>()
-        scaled = Mul(wide, factor)
-        number0 = Unsqueeze(scaled, behind)
-        unit = Constant<value_int = 1>()
-        is_zero = Less(number0, unit)
-        number = Where(is_zero, unit, number0)""",
-        text.rooted("number", "root"),
-        _ROUND_ROOT,
-        """
-        zero = Constant<value_int = 0>()
-        made = Where(is_zero, zero, near)
-        made1 = Squeeze(made, behind)
-        Y = Cast<to = 6>(made1)""",
+        scaled = Mul(wide, factor)""",
+        *_ROOT,
     ),
 }
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kbitc.graph import edit
-from kbitc.graph.edit import all_nodes, is_op, producer
+from kbitc.graph.edit import is_op, producer
 from kbitc.passes.base import PassResult
-from kbitc.passes.canonicalize.match import close, factors, other_input, scaled, shifted, sole_reader
+from kbitc.passes.canonicalize.match import close, factors, fuse_each, other_input, scaled, shifted, sole_reader
 
 #: Constants of the tanh form: sqrt(2 / pi) and 0.044715 (Hendrycks and Gimpel, arXiv 1606.08415, section 2).
 _TANH_SCALE = math.sqrt(2.0 / math.pi)
@@ -30,17 +30,13 @@ class FuseGelu:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass."""
-        modified = False
-        for node in all_nodes(model):
-            if node.graph is None:
-                continue
-            if is_op(node, "Erf"):
-                modified = _fuse(node, _erf_argument(node), None) or modified
-            elif is_op(node, "Tanh"):
-                modified = _fuse(node, _tanh_argument(node), "tanh") or modified
-        if modified:
-            edit.remove_dead(model)
-        return PassResult(model, modified)
+        return fuse_each(model, _fuse_either, "Erf", "Tanh")
+
+
+def _fuse_either(node: ir.Node) -> bool:
+    if is_op(node, "Erf"):
+        return _fuse(node, _erf_argument(node), None)
+    return _fuse(node, _tanh_argument(node), "tanh")
 
 
 def _erf_argument(node: ir.Node) -> ir.Value | None:

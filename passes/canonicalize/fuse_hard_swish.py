@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kbitc.graph import edit
-from kbitc.graph.edit import all_nodes, is_op, producer, scalar
+from kbitc.graph.edit import producer, scalar
 from kbitc.passes.base import PassResult
-from kbitc.passes.canonicalize.match import close, other_input, scaled, shifted, sole_reader
+from kbitc.passes.canonicalize.match import close, fuse_each, other_input, scaled, shifted, sole_reader
 
 _SIXTH = 1.0 / 6.0
 #: Exporters print 1/6 with as few as six digits.
@@ -27,14 +27,8 @@ class FuseHardSwish:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass."""
-        modified = False
-        for op_type, fuse in (("Clip", _fuse_clip), ("HardSigmoid", _fuse_hard_sigmoid)):
-            for node in all_nodes(model):
-                if node.graph is not None and is_op(node, op_type):
-                    modified = fuse(node) or modified
-        if modified:
-            edit.remove_dead(model)
-        return PassResult(model, modified)
+        clips, sigmoids = fuse_each(model, _fuse_clip, "Clip"), fuse_each(model, _fuse_hard_sigmoid, "HardSigmoid")
+        return PassResult(model, clips.modified or sigmoids.modified)
 
 
 def _fuse_clip(node: ir.Node) -> bool:

@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import edit
-from kbitc.graph.edit import add_initializer, all_nodes, constant, is_op, producer, root_graph, scalar
+from kbitc.graph.edit import add_initializer, constant, is_op, producer, root_graph, scalar
 from kbitc.passes.base import PassResult
-from kbitc.passes.canonicalize.match import other_input, reduced, sole_reader, square
+from kbitc.passes.canonicalize.match import fuse_each, other_input, reduced, sole_reader, square
 
 _FLOATS = frozenset((ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16))
 
@@ -29,13 +29,7 @@ class FuseLayerNorm:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass."""
-        modified = False
-        for node in all_nodes(model):
-            if node.graph is not None and is_op(node, "Div", "Mul"):
-                modified = _fuse(node) or modified
-        if modified:
-            edit.remove_dead(model)
-        return PassResult(model, modified)
+        return fuse_each(model, _fuse, "Div", "Mul")
 
 
 def _fuse(node: ir.Node) -> bool:

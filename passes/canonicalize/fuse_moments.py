@@ -9,9 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import dims, edit
-from kbitc.graph.edit import add_initializer, all_nodes, constant, is_op, producer, root_graph, scalar
+from kbitc.graph.edit import add_initializer, constant, is_op, producer, root_graph, scalar
 from kbitc.passes.base import PassResult
-from kbitc.passes.canonicalize.match import close, other_input, reduction, scaled, shifted, sole_reader, square
+from kbitc.passes.canonicalize.match import (
+    close,
+    fuse_each,
+    other_input,
+    reduction,
+    scaled,
+    shifted,
+    sole_reader,
+    square,
+)
 
 
 class Found(NamedTuple):
@@ -37,13 +46,7 @@ class FuseMoments:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass."""
-        modified = False
-        for node in all_nodes(model):
-            if node.graph is not None and is_op(node, "Mul"):
-                modified = _fuse(node) or modified
-        if modified:
-            edit.remove_dead(model)
-        return PassResult(model, modified)
+        return fuse_each(model, _fuse, "Mul")
 
 
 def _fuse(node: ir.Node) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kbitc.graph import edit
-from kbitc.graph.edit import all_nodes, is_op, producer
+from kbitc.graph.edit import producer
 from kbitc.passes.base import PassResult
-from kbitc.passes.canonicalize.match import reduced
+from kbitc.passes.canonicalize.match import fuse_each, reduced
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,7 @@ class FuseSoftmax:
 
     def __call__(self, model: ir.Model) -> PassResult:
         """Apply the pass."""
-        modified = False
-        for node in all_nodes(model):
-            if node.graph is not None and is_op(node, "Div"):
-                modified = _fuse(node) or modified
-        if modified:
-            edit.remove_dead(model)
-        return PassResult(model, modified)
+        return fuse_each(model, _fuse, "Div")
 
 
 def _fuse(node: ir.Node) -> bool:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from kbitc.graph import dims, edit
-from kbitc.graph.edit import integers, is_op, only_use, producer, scalar
+from kbitc.graph.edit import all_nodes, integers, is_op, only_use, producer, scalar
+from kbitc.passes.base import PassResult
 
 #: A decomposed operator's constants carry the rounding of float32; this bounds it (8 units of 2^-23).
 CONSTANT_TOLERANCE = 1e-6
+
+
+def fuse_each(model: ir.Model, fuse: Callable[[ir.Node], bool], *operators: str) -> PassResult:
+    """Offer every node of some operators to `fuse`, which says whether it replaced it; remove what is dead then."""
+    modified = False
+    for node in all_nodes(model):
+        if node.graph is not None and is_op(node, *operators):
+            modified = fuse(node) or modified
+    if modified:
+        edit.remove_dead(model)
+    return PassResult(model, modified)
 
 
 def close(found: float | None, wanted: float, tolerance: float = CONSTANT_TOLERANCE) -> bool:

@@ -17,19 +17,25 @@ from kbitc.cli import _guarded
 from kbitc.commands.tune import check_tunable, sizes_of
 from kbitc.errors import UsageError
 from kbitc.targets import tune
-from kbitc.targets.target import parse_target
+from kbitc.targets.target import host_runs, parse_target, parse_targets
 
 BODY = "g (float[batch, 64] x) => (float[batch, 80] y) { y = MatMul(x, first) }"
 
 
-def test_what_is_faster_is_compiled_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def saved_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of the model; the cache is a folder of its own, and no measurement depends on the machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     monkeypatch.setattr(tune, "timed", _second_is_twice_as_fast)
     proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {BODY}')
     weight = np.random.default_rng(3).normal(size=(64, 80)).astype(np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "first"))
-    onnx.save(proto, tmp_path / "model.onnx")
-    model, usual, tuned = (str(tmp_path / name) for name in ("model.onnx", "usual.kbit", "tuned.kbit"))
+    onnx.save(proto, folder / "model.onnx")
+    return str(folder / "model.onnx")
+
+
+def test_what_is_faster_is_compiled_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = saved_model(tmp_path, monkeypatch)
+    usual, tuned = (str(tmp_path / name) for name in ("usual.kbit", "tuned.kbit"))
     assert _guarded(["compile", model, "-o", usual, "--tuned", "none"]) == 0
     assert _guarded(["tune", usual, "--shape", "x=40x64"]) == 0
     (entry,) = json.loads((tmp_path / "cache" / "kbitc" / "tuned.json").read_text())["entries"]
@@ -43,6 +49,19 @@ def test_what_is_faster_is_compiled_and_recorded(tmp_path: Path, monkeypatch: py
     for rows in (1, 3, 17, 40):
         feeds = {"x": np.random.default_rng(rows).normal(size=(rows, 64)).astype(np.float32)}
         np.testing.assert_array_equal(load(usual)(feeds)["y"], load(tuned)(feeds)["y"])
+
+
+def test_of_several_variants_the_one_that_the_report_tells_of_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = parse_targets("x86")[-1]
+    if reason := host_runs(best):
+        pytest.skip(reason)
+    model, bundle = saved_model(tmp_path, monkeypatch), str(tmp_path / "a.kbit")
+    assert _guarded(["compile", model, "-o", bundle, "--target", "x86", "--tuned", "none"]) == 0
+    assert _guarded(["tune", bundle, "--shape", "x=40x64"]) == 0
+    (entry,) = json.loads((tmp_path / "cache" / "kbitc" / "tuned.json").read_text())["entries"]
+    assert entry["target"] == best.name
 
 
 def _second_is_twice_as_fast(trials: Sequence[Any], target: Any) -> dict[str, list[float]]:

@@ -101,7 +101,7 @@ def in_onnxruntime(model: onnx.ModelProto, x: Floats) -> Callable[[], Any]:
 
 def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path) -> Callable[[], Any]:
     """A call of the bundle for this machine with one thread."""
-    bundle = folder / (scheme.replace(":", "-") + ".kbit")
+    bundle = folder / (scheme.replace(":", "-").replace("/", "-") + ".kbit")
     kbitc.compile(model, bundle, scheme=scheme)
     module = kbitc.load(bundle, threads=1)
     arguments = module.device_arguments([x])

@@ -9,7 +9,11 @@ from kbitc.passes.rewrite.quantize_activations import quantize_activations
 from kbitc.passes.rewrite.quantize_static import quantize_static
 from kbitc.passes.rewrite.quantize_weights import quantize_weights
 from kbitc.quant.plan import INT8, QuantPlan
+from kbitc.quant.scheme import ScaleCode
 from kbitc.quant.tensor import QTensor
+
+# int8 codes and products of at most 127 by a level times its block scale.
+LONGEST_SUM = (2**31 - 1) // (127 * 127)
 
 
 def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds: dict[str, str]) -> ir.Model:
@@ -25,10 +29,21 @@ def rewrite(model: ir.Model, plan: QuantPlan, tensors: dict[str, QTensor], kinds
 
 
 def activation_blocks(plan: QuantPlan, tensors: dict[str, QTensor]) -> dict[str, int]:
-    """Node -> elements that share a scale of its run-time quantized activation."""
+    """Node -> elements that share a scale of its run-time quantized activation.
+
+    They are those of a block of the weight, or of a whole row where the weight's block scales are integers: then the
+    sum over all blocks is one of integers (QServe, arXiv 2405.04532, section 4), as long as int32 holds it.
+    """
     return {
-        node: tensors[entry.tensor].block
+        node: activation_block(tensors[entry.tensor])
         for entry in plan.quantized()
         if entry.activation == INT8
         for node in entry.nodes
     }
+
+
+def activation_block(weight: QTensor) -> int:
+    """Channels that share a scale of the activation which meets this weight."""
+    channels = weight.shape[2]
+    whole = weight.scheme.scale_code is ScaleCode.INTEGER and channels <= LONGEST_SUM
+    return channels if whole else weight.block

@@ -25,7 +25,9 @@ class WeightSpec:
         block: channels per weight scale; C when there is one scale a channel or none.
         scale_per_block: scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
         scale_dtype: "float16" or "float32", of the stored scales.
-        zero_point: zero points are stored beside the scales (see `isa.stored_bias`).
+        zero_point: zero points are stored, one a block of scales (see `isa.stored_bias`).
+        factors: block scales are integers (`ScaleCode.INTEGER`): they lie beside the codes as uint8 [Np/16, T, CB, 16],
+            and the stored scales are the steps of the channels.
     """
 
     outputs: int
@@ -36,6 +38,7 @@ class WeightSpec:
     scale_per_block: bool
     scale_dtype: str
     zero_point: bool = False
+    factors: bool = False
 
     @property
     def blocks(self) -> int:
@@ -58,9 +61,14 @@ class WeightSpec:
         return round_up(self.outputs, LANES) // LANES
 
     @property
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """Shape of what is stored once a block: zero points and factors."""
+        return self.output_tiles, *((self.taps, self.blocks) if self.scale_per_block else (1, 1)), LANES
+
+    @property
     def scale_shape(self) -> tuple[int, int, int, int]:
         """Shape of the stored scales."""
-        return self.output_tiles, *((self.taps, self.blocks) if self.scale_per_block else (1, 1)), LANES
+        return (self.output_tiles, 1, 1, LANES) if self.factors else self.block_shape
 
 
 def weight_fields(weight: QTensor) -> dict[str, Any]:
@@ -80,20 +88,28 @@ def weight_fields(weight: QTensor) -> dict[str, Any]:
 
 @dataclass
 class WeightArguments:
-    """The buffers of a packed weight: codes uint8 [Np/16, T, Cp/32, k, 64], scales and, if any, zero points uint8."""
+    """The buffers of a packed weight.
+
+    Attributes:
+        packed: codes, uint8 [Np/16, T, Cp/32, k, 64].
+        scales: of shape `WeightSpec.scale_shape`.
+        zeros, factors: uint8 of shape `WeightSpec.block_shape`, where the weight has them.
+    """
 
     packed: Buffer
     scales: Buffer
     zeros: Buffer | None
+    factors: Buffer | None = None
 
 
 def declare_weight(spec: WeightSpec) -> WeightArguments:
-    """Declare codes, scales and zero points (if any) as the next arguments of the open function."""
+    """Declare codes, scales, factors and zero points (if any) as the next arguments of the open function."""
     shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
     packed = v.argument("packed", shape, "uint8")
     scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)
-    zeros = v.argument("zeros", spec.scale_shape, "uint8") if spec.zero_point else None
-    return WeightArguments(packed, scales, zeros)
+    factors = v.argument("factors", spec.block_shape, "uint8") if spec.factors else None
+    zeros = v.argument("zeros", spec.block_shape, "uint8") if spec.zero_point else None
+    return WeightArguments(packed, scales, zeros, factors)
 
 
 def declare_bias(spec: WeightSpec, bias: bool) -> Buffer | None:

@@ -6,6 +6,11 @@ in order:
     acc[m, n] = sum over c in the block of q[row(m, t), c] * (grid[code[n, t, c]] - grid[zero_point])   int32, exact
     out[m, n] += f32(acc) * (act_scale[row(m, t), b] * weight_scale[n, t, b])                          float32
 
+With one activation scale a row and integer block scales (`factors`) the sum over the blocks of a tap is exact too:
+
+    total[m, n] = sum over blocks of acc[m, n] * factor[n, t, b]                                     int32, exact
+    out[m, n] += f32(total) * (act_scale[row(m, t)] * weight_scale[n])                               float32
+
 then the bias is added and the result clamped. row(m, t) is m for a matrix product; for a convolution it is the
 pixel of tap t in an activation padded beforehand (`dynamic_quantize` writes the border), so nothing is skipped.
 Levels are fed with a bias (see `isa.Feed`): acc starts at -bias * sum(q) of the block instead of 0.
@@ -43,15 +48,27 @@ class QgemmSpec(WeightSpec):
 
     Attributes:
         rows: where the rows of the activation lie and how many there are; activation scales have the weight's blocks.
+        row_scales: activations have one scale a row instead.
         bias: a float32 [Np] is added.
         post: clamp after the bias.
         accumulators: also write the int32 accumulators [M, T * CB, N].
     """
 
     rows: MatmulRows | ConvRows
+    row_scales: bool = False
     bias: bool = False
     post: PostFunction | None = None
     accumulators: bool = False
+
+    @property
+    def activation_block(self) -> int:
+        """Channels of one activation scale."""
+        return self.channels if self.row_scales else self.block
+
+    @property
+    def activation_blocks(self) -> int:
+        """Activation scales of a row."""
+        return 1 if self.row_scales else self.blocks
 
 
 @dataclass
@@ -72,7 +89,7 @@ class _Tile:
     """One register tile: some rows by some 16-channel tiles.
 
     `base` holds the row number in the activation of each row at tap 0, `out_rows` its row in the output,
-    `first` the first 16-channel tile, `sums` the float accumulators by (row, tile, part).
+    `first` the first 16-channel tile, `sums` the float accumulators by (row, tile, part), `totals` those in int32.
     """
 
     base: list[Expr]
@@ -80,15 +97,16 @@ class _Tile:
     first: Expr
     tiles: int
     sums: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
+    totals: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
 
 
 def make_qgemm(spec: QgemmSpec, isa: Isa, name: str) -> Any:
     """The PrimFunc of a specification.
 
-    Arguments in order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB], sums int32 [*rows, CB],
+    Arguments in order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB] or [*rows, 1], sums int32 [*rows, CB],
     packed uint8 [Np/16, T, Cp/32, k, 64], scales [Np/16, T, CB, 16] or [Np/16, 1, 1, 16],
-    zero points uint8 of that shape (if any), bias f32 [Np] (if any), out f32 [*out rows, N],
-    accumulators int32 [*out rows, T * CB, N] (if asked for).
+    factors uint8 [Np/16, T, CB, 16] (if any), zero points uint8 of the shape of factors or scales (if any),
+    bias f32 [Np] (if any), out f32 [*out rows, N], accumulators int32 [*out rows, T * CB, N] (if asked for).
     """
     return v.kernel(name, lambda: _Generator(spec, isa).emit())
 
@@ -126,7 +144,7 @@ class _Generator:
         spec, rows = self.spec, self.rows
         activation = (
             ("codes", spec.padded_channels, "int8"),
-            ("act_scales", spec.blocks, "float32"),
+            ("act_scales", spec.activation_blocks, "float32"),
             ("sums", spec.blocks, "int32"),
         )
         given = [v.argument(name, (*rows.source_shape, width), dtype) for name, width, dtype in activation]
@@ -156,8 +174,27 @@ class _Generator:
         for key in self._keys(tile):
             tile.sums[key] = v.register(lanes, "float32")
             v.put(tile.sums[key], v.full(0.0, "float32", lanes), lanes)
+            if self.spec.factors:
+                tile.totals[key] = v.register(lanes, "int32")
         v.loop(self.spec.taps, lambda tap: self._tap(tile, tap))
         self._finish(tile)
+
+    def _add_totals(self, tile: _Tile, source: list[Expr]) -> None:
+        """The exact sums of a tap, scaled, to the float sums."""
+        lanes, scales = self.isa.lanes, {}
+        for i in range(tile.tiles):
+            for p in range(self.isa.parts):
+                scales[i, p] = self.scale([tile.first + i, v.i64(0), v.i64(0), p * lanes])
+        for r, row in enumerate(source):
+            act_scale = v.bind(v.splat(self.args.act_scales[row, v.i64(0)], lanes))
+            for i, p in scales:
+                held, total = tile.sums[r, i, p], v.get(tile.totals[r, i, p], lanes)
+                v.put(held, v.get(held, lanes) + v.cast(total, "float32", lanes) * (act_scale * scales[i, p]), lanes)
+
+    def scale(self, where: list[Expr]) -> Expr:
+        """Weight scales of one register of channels, f32."""
+        stored = v.load(self.args.weight.scales, where, self.isa.lanes)
+        return v.bind(self.isa.widen(stored) if self.spec.scale_dtype == "float16" else stored)
 
     def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
         return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
@@ -167,6 +204,8 @@ class _Generator:
         spec = self.spec
         offset = self.rows.tap_offset(tap)
         source = [v.held_index(base + offset) for base in tile.base] if spec.taps > 1 else tile.base
+        for held in tile.totals.values():
+            v.put(held, v.full(0, "int32", self.isa.lanes), self.isa.lanes)
         body = _Block(self, tile, tap, source)
         halves, whole = spec.block // (UNIT // 2), spec.channels // spec.block
         if spec.block >= spec.channels:
@@ -181,6 +220,8 @@ class _Generator:
         rest = spec.channels % spec.block
         if rest and spec.block < spec.channels:
             body.emit(v.i64(whole), v.i64(whole * halves // 2), rest, lead_half=whole * halves % 2 == 1)
+        if tile.totals:
+            self._add_totals(tile, source)
 
     def _pair(self, body: _Block, pair: Expr, halves: int) -> None:
         """Two neighbouring blocks, the second of which starts in the middle of a unit."""
@@ -294,30 +335,37 @@ class _Block:
         return acc
 
     def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:
-        """Subtract zero points, scale, add to the float sums."""
-        g, isa, tile = self.g, self.g.isa, self.tile
+        """Subtract zero points, scale, add to the sums."""
+        g, isa, tile, spec = self.g, self.g.isa, self.tile, self.g.spec
         lanes = isa.lanes
-        tap, at = (self.tap, block) if g.spec.scale_per_block else (v.i64(0), v.i64(0))
+        tap, at = (self.tap, block) if spec.scale_per_block else (v.i64(0), v.i64(0))
         scales = {}
         for i in range(tile.tiles):
             for p in range(isa.parts):
-                stored = v.load(g.args.weight.scales, [tile.first + i, tap, at, p * lanes], lanes)
-                scales[i, p] = v.bind(isa.widen(stored) if g.spec.scale_dtype == "float16" else stored)
+                where = [tile.first + i, tap, at, p * lanes]
+                scales[i, p] = self._factor(where) if spec.factors else g.scale(where)
         for r, source in enumerate(self.source):
-            act_scale = v.bind(v.splat(g.args.act_scales[source, block], lanes))
-            for i in range(tile.tiles):
-                for p in range(isa.parts):
-                    exact = acc[r, i, p]
-                    if g.args.weight.zeros is not None:
-                        exact = v.bind(
-                            exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes)
-                        )
-                    if g.args.accumulators is not None:
-                        row = [tile.out_rows[r], self.tap * g.spec.blocks + block]
-                        store_channels(g.args.accumulators, row, tile.first + i, p, exact, g.spec.outputs, lanes)
+            act_block = v.i64(0) if spec.row_scales else block
+            act_scale = None if spec.factors else v.bind(v.splat(g.args.act_scales[source, act_block], lanes))
+            for i, p in scales:
+                exact = acc[r, i, p]
+                if g.args.weight.zeros is not None:
+                    exact = v.bind(exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes))
+                if g.args.accumulators is not None:
+                    row = [tile.out_rows[r], self.tap * spec.blocks + block]
+                    store_channels(g.args.accumulators, row, tile.first + i, p, exact, spec.outputs, lanes)
+                if act_scale is None:
+                    held = tile.totals[r, i, p]
+                    v.put(held, v.get(held, lanes) + exact * scales[i, p], lanes)
+                else:
                     held = tile.sums[r, i, p]
                     scale = act_scale * scales[i, p]
                     v.put(held, v.get(held, lanes) + v.cast(exact, "float32", lanes) * scale, lanes)
+
+    def _factor(self, where: list[Expr]) -> Expr:
+        """Integer scales of a block, int32 vector."""
+        stored = v.load(self.g.args.weight.factors, where, self.g.isa.lanes)
+        return v.bind(v.cast(stored, "int32", self.g.isa.lanes))
 
     def _zero_level(self, i: int, p: int, tap: Expr, at: Expr) -> Expr:
         """The zero point as it is fed: int32 vector."""

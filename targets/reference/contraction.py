@@ -244,7 +244,7 @@ def _integer_product(ctx: Context, contraction: Contraction, x: RelaxExpr) -> Re
     """matmul or conv with activations quantized at run time."""
     packed = packed_weight(ctx, contraction)
     n_size, taps, channels = packed.tensor.shape
-    codes, scales = _quantize(ctx, contraction, x, channels, packed.block)
+    codes, scales = _quantize(ctx, contraction, x, channels, contraction.activation_block or channels)
     rows, blocks, block = Rows(contraction), packed.blocks, packed.block
     sums_shape = (*contraction.out_shape[:-1], taps * blocks, n_size)
 
@@ -282,7 +282,8 @@ def _scale_sums(
         def term(indices: Sequence[Index]) -> Any:
             *out, n = indices
             t, block = which.var // blocks, which.var % blocks
-            factor = rows.read(out, t, lambda place: group.read(scales, [*place, block]), "float32")
+            which_scale = block * packed.block // (contraction.activation_block or packed.tensor.shape[2])
+            factor = rows.read(out, t, lambda place: group.read(scales, [*place, which_scale]), "float32")
             factor = factor * packed.scale(group, n, t, block)
             return te.sum(tirx.Cast("float32", group.read(sums, [*out, which.var, n])) * factor, axis=which)
 

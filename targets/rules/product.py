@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kbitc.quant.scheme import Granularity, ScaleCode
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.kernels.dynamic_quantize import QuantizeSpec
 from kbitc.targets.kernels.packed import weight_fields
@@ -36,11 +37,13 @@ class IntegerProduct:
         dots: integer dot instructions (`Target.dot`) that the kernels know.
         make_quantize: makes the kernel of the activation, by its name.
         make_product: makes the kernel of the product for a target, by its name.
+        factors: the kernel multiplies integer block scales in integers where activations have one scale a row.
     """
 
     dots: tuple[str, ...]
     make_quantize: Callable[[QuantizeSpec, str], Any]
     make_product: Callable[[QgemmSpec, Target, str], Any]
+    factors: bool = False
     name: str = "integer_product"
 
     def match(self, contraction: Contraction, target: Target) -> str | None:
@@ -56,7 +59,7 @@ class IntegerProduct:
         if contraction.conv is not None and contraction.conv.group != 1:
             return f"the convolution has {contraction.conv.group} groups"
         weight = contraction.weight
-        if contraction.activation_block not in (0, weight.block):
+        if contraction.activation_block not in (0, weight.block, weight.shape[2]):
             return f"activations have blocks of {contraction.activation_block}, the weight of {weight.block}"
         operator = "MatMul" if contraction.kind == "matmul" else "Conv"
         return target.accepts(operator, "int8", weight.scheme, reduction=weight.shape[2])
@@ -64,11 +67,12 @@ class IntegerProduct:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Quantize the activation (once for all its readers), then multiply."""
         weight = quantized_weight(contraction)
-        spec = product_spec(contraction, weight)
+        spec = product_spec(contraction, weight, factors=self.factors)
         activation = self._quantize(ctx, contraction, inputs[0], spec)
         name = f"q{contraction.kind}_{weight.format.name}{weight.bits}"
         func = cached(ctx, (name, repr(spec)), lambda: self.make_product(spec, ctx.target, name))
-        given = [activation.codes, activation.scales, activation.sums, *weight_parameters(ctx, contraction, weight)]
+        given = [activation.codes, activation.scales, activation.sums]
+        given += weight_parameters(ctx, contraction, weight, factors=spec.factors)
         outputs: list[Output] = [(contraction.out_shape, "float32")]
         if not contraction.accumulators_out:
             return ctx.call(func, name, given, outputs)
@@ -80,18 +84,18 @@ class IntegerProduct:
 
     def _quantize(self, ctx: EmitContext, contraction: Contraction, x: RelaxExpr, spec: QgemmSpec) -> Quantized:
         """Codes, scales and sums of an activation; the same call serves every contraction that reads it alike."""
-        rows, channels, block = spec.rows, spec.channels, spec.block
+        rows, channels, block = spec.rows, spec.channels, spec.activation_block
         pads = contraction.conv.pads if contraction.conv is not None else (0, 0, 0, 0)
         # The hash of a variable is its identity in TVM; keeping the variable keeps the hash from being used again.
-        key = ("quantized", hash(x), block, pads)
+        key = ("quantized", hash(x), block, spec.block, pads)
         if key not in ctx.memo:
             padded = rows.source_shape[1:] if isinstance(rows, ConvRows) else None
-            what = QuantizeSpec(contraction.x_shape[:-1], channels, block, pads, padded)
+            what = QuantizeSpec(contraction.x_shape[:-1], channels, block, pads, padded, spec.block)
             name = "dynamic_quantize"
             func = cached(ctx, (name, repr(what)), lambda: self.make_quantize(what, name))
             outputs: list[Output] = [
                 ((*rows.source_shape, spec.padded_channels), "int8"),
-                ((*rows.source_shape, spec.blocks), "float32"),
+                ((*rows.source_shape, spec.activation_blocks), "float32"),
                 ((*rows.source_shape, spec.blocks), "int32"),
             ]
             ctx.memo[key] = (x, Quantized(*ctx.call(func, name, [x], outputs)))
@@ -109,10 +113,26 @@ def rows_of(contraction: Contraction) -> MatmulRows | ConvRows:
     return ConvRows(batch, height + (top + bottom), width + (left + right), out_height, out_width, contraction.conv)
 
 
-def product_spec(contraction: Contraction, weight: QTensor) -> QgemmSpec:
-    """What the integer kernel of a contraction computes."""
+def one_scale_a_row(contraction: Contraction, weight: QTensor) -> bool:
+    """Whether the weight has blocks and the activation has none."""
+    channels = weight.shape[2]
+    blocked = weight.scheme.granularity is Granularity.BLOCK and weight.block < channels
+    return blocked and contraction.activation_block in (0, channels)
+
+
+def product_spec(contraction: Contraction, weight: QTensor, *, factors: bool = False) -> QgemmSpec:
+    """What the integer kernel of a contraction computes.
+
+    Args:
+        contraction: the product.
+        weight: of it.
+        factors: multiply integer block scales in integers where that is exact.
+    """
+    row_scales = one_scale_a_row(contraction, weight)
     return QgemmSpec(
         **weight_fields(weight),
+        row_scales=row_scales,
+        factors=factors and row_scales and weight.scheme.scale_code is ScaleCode.INTEGER,
         rows=rows_of(contraction),
         bias=contraction.bias is not None,
         post=contraction.post,

@@ -1,6 +1,6 @@
 """How packed weights become parameters of a module, and kernels are shared: what all rules for them have in common.
 
-A weight is `<name>.codes` (packed), `<name>.scales`, `<name>.zero_points` and `<name>.bias`.
+A weight is `<name>.codes` (packed), `<name>.scales`, `<name>.factors`, `<name>.zero_points` and `<name>.bias`.
 """
 
 from __future__ import annotations
@@ -36,14 +36,17 @@ def cached(ctx: EmitContext, key: tuple[Any, ...], make: Callable[[], Any]) -> A
     return ctx.memo[key]
 
 
-def weight_parameters(ctx: EmitContext, contraction: Contraction, weight: QTensor) -> list[RelaxExpr]:
-    """Packed codes, scales, zero points and bias, in the order in which every kernel takes them.
+def weight_parameters(
+    ctx: EmitContext, contraction: Contraction, weight: QTensor, *, factors: bool = False
+) -> list[RelaxExpr]:
+    """Packed codes, scales, factors, zero points and bias, in the order in which every kernel takes them.
 
     A weight that several contractions share is stored once.
     """
-    key = ("weight", id(weight))
+    key = ("weight", id(weight), factors)
     if key not in ctx.memo:
-        ctx.memo[key] = (weight, [ctx.weight(f"{contraction.name}.{part}", array) for part, array in stored(weight)])
+        parts = [ctx.weight(f"{contraction.name}.{part}", array) for part, array in stored(weight, factors=factors)]
+        ctx.memo[key] = (weight, parts)
     parameters: list[RelaxExpr] = list(ctx.memo[key][1])
     if contraction.bias is not None:
         padded = np.zeros(round_up(weight.shape[0], LANES), np.float32)
@@ -52,14 +55,23 @@ def weight_parameters(ctx: EmitContext, contraction: Contraction, weight: QTenso
     return parameters
 
 
-def stored(weight: QTensor) -> list[tuple[str, npt.NDArray[Any]]]:
-    """The arrays of a weight as they lie in memory, by the part of their name."""
+def stored(weight: QTensor, *, factors: bool = False) -> list[tuple[str, npt.NDArray[Any]]]:
+    """The arrays of a weight as they lie in memory, by the part of their name.
+
+    Args:
+        weight: what is stored.
+        factors: as `WeightSpec.factors`; the scales are then the steps, one a channel.
+    """
     n = weight.shape[0]
-    scales = weight.scales.astype(SCALE_DTYPES[weight.scheme.scale_type])
+    if factors and weight.scale_steps is None:
+        raise InternalError("factors of a weight without integer scales", where=str(weight.scheme))
+    scales = weight.scale_steps.reshape(n, 1, 1) if factors and weight.scale_steps is not None else weight.scales
     parts: list[tuple[str, npt.NDArray[Any]]] = [
         ("codes", pack_codes(weight.codes, weight.bits)),
-        ("scales", pack_per_channel(scales, n)),
+        ("scales", pack_per_channel(scales.astype(SCALE_DTYPES[weight.scheme.scale_type]), n)),
     ]
+    if factors:
+        parts.append(("factors", pack_per_channel(weight.scale_codes(), n)))
     if weight.zero_points is not None:
         parts.append(("zero_points", pack_per_channel(stored_zero_points(weight.zero_points, weight.format), n)))
     return parts

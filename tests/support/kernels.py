@@ -14,7 +14,7 @@ from tvm import relax
 
 from kbitc.bundle.manifest import ValueInfo
 from kbitc.quant.format import Format
-from kbitc.quant.scheme import QuantScheme
+from kbitc.quant.scheme import QuantScheme, ScaleCode
 from kbitc.quant.tensor import QTensor, blocks_of, scale_shape
 from kbitc.targets import machine
 from kbitc.targets.link import export_library
@@ -157,14 +157,28 @@ def hot_blocks(assembly: str, instruction: str) -> list[str]:
 
 
 def random_weight(scheme: str, shape: tuple[int, int, int], seed: int = 0) -> QTensor:
-    """A weight [N, T, C] of random codes, scales in [0.5, 1.5) and zero points."""
+    """A weight [N, T, C] of random codes, scales in [0.5, 1.5) and zero points.
+
+    Integer block scales are any from 1 to the largest, of steps that are powers of two, with the largest in each row.
+    """
     parsed = QuantScheme.parse(scheme)
     data_type = parsed.data_type()
     random = np.random.default_rng(seed)
     codes = random.integers(0, 2**data_type.bits, shape).astype(np.uint8)
     scales = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float16).astype(np.float32)
     zeros = random.integers(0, 2**data_type.bits, scales.shape).astype(np.uint8) if parsed.zero_point else None
-    return QTensor(codes, scales, zeros, data_type, parsed)
+    if parsed.scale_code is not ScaleCode.INTEGER:
+        return QTensor(codes, scales, zeros, data_type, parsed)
+    factors = random.integers(1, parsed.largest_scale_code + 1, scales.shape)
+    factors[:, :, 0] = parsed.largest_scale_code
+    steps = (2.0 ** random.integers(-6, -3, shape[0])).astype(np.float32)
+    scales = (factors * steps[:, None, None]).astype(np.float32)
+    return QTensor(codes, scales, zeros, data_type, parsed, steps)
+
+
+def activation_block(weight: QTensor) -> int:
+    """Channels of one activation scale as `Contraction` has it: 0, the whole row, beside integer block scales."""
+    return 0 if weight.scheme.scale_code is ScaleCode.INTEGER else weight.scheme.block
 
 
 def learned_weight(bits: int, shape: tuple[int, int, int], seed: int = 0) -> QTensor:
@@ -179,7 +193,6 @@ def learned_weight(bits: int, shape: tuple[int, int, int], seed: int = 0) -> QTe
 def matmul(name: str, weight: QTensor, lead: tuple[Any, ...], activation: str = "int8", **more: Any) -> Contraction:
     """x [*lead, C] by the weight."""
     n, _, c = weight.shape
-    block = weight.scheme.block
     return Contraction(
         name,
         "matmul",
@@ -187,7 +200,7 @@ def matmul(name: str, weight: QTensor, lead: tuple[Any, ...], activation: str = 
         activation,
         (*lead, c),
         (*lead, n),
-        activation_block=block,
+        activation_block=activation_block(weight),
         **more,  # type: ignore[arg-type]
     )
 
@@ -213,19 +226,31 @@ def convolution(
     ]  # fmt: skip
     return Contraction(
         name, "conv", weight, activation, (batch, height, width, c * geometry.group),  # type: ignore[arg-type]
-        (batch, *out, n), activation_block=weight.scheme.block, conv=geometry, **more,
+        (batch, *out, n), activation_block=activation_block(weight), conv=geometry, **more,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Codes [M, C], activation scales and sums [M, CB], exact accumulators int64 [M, T * CB, N], out f32 [M, N]."""
+    """Codes [M, T, CB, block], exact accumulators int64 [M, T * CB, N], out f32 [M, N]."""
 
     codes: Array
-    scales: Array
-    sums: Array
     accumulators: Array
     out: Array
+
+
+def quantized_blocks(x: Array, weight: QTensor) -> tuple[Array, Array]:
+    """Codes [M, CB, block] in the blocks of the weight and scales [M, CB], all of a row alike beside integer ones."""
+    rows, channels = x.shape
+    block = min(weight.block, channels)
+    if activation_block(weight) or weight.scheme.block == 0:
+        codes, scales, _ = quantized_rows(x, block)
+        return codes, scales
+    whole, scales, _ = quantized_rows(x, channels)
+    blocks = -(-channels // block)
+    codes = np.zeros((rows, blocks * block), np.int8)
+    codes[:, :channels] = whole[:, 0]
+    return codes.reshape(rows, blocks, block), np.repeat(scales, blocks, axis=1)
 
 
 def quantized_rows(x: Array, block: int) -> tuple[Array, Array, Array]:
@@ -260,17 +285,22 @@ def expected(x: Array, weight: QTensor, bias: Array | None = None) -> Expected:
     """What the integer product of gathered rows x f32 [M, T, C] must be, with floats in the kernel's order."""
     rows, taps, channels = x.shape
     block = min(weight.block, channels)
-    codes, scales, sums = quantized_rows(x.reshape(rows * taps, channels), block)
+    codes, scales = quantized_blocks(x.reshape(rows * taps, channels), weight)
     codes, scales = codes.reshape(rows, taps, -1, block), scales.reshape(rows, taps, -1)
     exact = np.einsum("mtbc,ntbc->mtbn", codes.astype(np.int64), levels_by_block(weight, block))
     out = np.zeros((rows, weight.shape[0]), np.float32)
     by = weight_scales(weight)
+    if weight.scheme.scale_code is ScaleCode.INTEGER and weight.scale_steps is not None:
+        totals = np.einsum("mtbn,ntb->mtn", exact, weight.scale_codes().astype(np.int64))
+        for t in range(taps):
+            out = out + totals[:, t].astype(np.float32) * (scales[:, t, :1] * weight.scale_steps)
+        scales = scales[:, :, :0]
     for t in range(taps):
         for b in range(scales.shape[2]):
             out = out + exact[:, t, b].astype(np.float32) * (scales[:, t, b, None] * by[:, t, b])
     if bias is not None:
         out = out + bias
-    return Expected(codes, scales, sums, exact.reshape(rows, -1, weight.shape[0]), out)
+    return Expected(codes, exact.reshape(rows, -1, weight.shape[0]), out)
 
 
 def gather_rows(x: Array, geometry: ConvAttributes) -> Array:
@@ -296,7 +326,7 @@ def float_bound(x: Array, weight: QTensor) -> Array:
     """
     rows, taps, channels = x.shape
     block = min(weight.block, channels)
-    codes, scales, _ = quantized_rows(x.reshape(rows * taps, channels), block)
+    codes, scales = quantized_blocks(x.reshape(rows * taps, channels), weight)
     codes, scales = codes.reshape(rows, taps, -1, block), scales.reshape(rows, taps, -1)
     exact = np.abs(np.einsum("mtbc,ntbc->mtbn", codes.astype(np.int64), levels_by_block(weight, block)))
     magnitude = np.einsum("mtbn,mtb,ntb->mn", exact, scales.astype(np.float64), weight_scales(weight))

@@ -71,10 +71,15 @@ CASES = (
     product("vector2", "int2:b32", (1, 40, 70)),
     product("vector3", "uint3:b48:zp", (1, 40, 100)),
     product("vector_long", "int3:b144", (1, 20, 300)),
+    product("two_levels", "int4:b32/i4", (5, 17, 95)),
+    product("two_levels_zero", "uint4:b32/i4:zp", (3, 33, 70)),
+    product("two_levels_vector", "int3:b48/i4", (1, 40, 181)),
+    product("two_levels_table", "fp4:b16/i4", (6, 16, 40), bias=BIAS[:16], post=RELU),
     product("zeros", "int4:b32", (2, 16, 32), np.zeros((2, 32), np.float32)),
     _outlier(),
     _extreme("extreme8", "int8:c", 4099),
     _extreme("extreme_zero8", "uint8:b1024:zp", 1030),
+    _extreme("extreme_two_levels", "int4:b32/i4", 4099),
 )
 MORE_CASES = (
     *(_learned(k, 70) for k in (1, 2, 4, 5, 6, 7)),
@@ -93,6 +98,7 @@ def _convolutions() -> list[Case]:
         ("strided", "int4:b32", (16, 9, 40), (2, 7, 9), ConvAttributes((3, 3), (2, 1), (1, 1, 1, 1))),
         ("dilated", "int3:c", (16, 4, 8), (1, 6, 5), ConvAttributes((2, 2), (1, 1), (0, 1, 0, 0), (2, 1))),
         ("pointwise", "uint4:b16:zp", (17, 1, 40), (1, 6, 5), ConvAttributes((1, 1), (2, 2))),
+        ("two_levels_image", "int2:b16/i4", (20, 9, 40), (1, 6, 5), ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1))),
         ("image", "int8:b32", (16, 9, 3), (1, 5, 5), ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1))),
     ):
         weight = kernels.random_weight(scheme, shape)

@@ -126,6 +126,7 @@ INTEGER_PRODUCT = IntegerProduct(
     ("vpdpbusd", "vpmaddwd", "sdot"),
     make_dynamic_quantize,
     lambda spec, target, name: make_qgemm(spec, isa_of(target), name),
+    factors=True,
 )
 # In order of preference; the reference rule comes after them.
 RULES = (INTEGER_PRODUCT, WeightOnlyProduct(), WeightOnlyGroupedConv(), PackedEmbedding())

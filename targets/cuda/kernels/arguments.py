@@ -52,7 +52,7 @@ class Arguments:
 def declared(spec: QgemmSpec) -> Iterator[Arguments]:
     """Declare the arguments of the open function; inside the context its body is written.
 
-    In order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB], sums int32 [*rows, CB], packed uint8
+    In order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB] or [*rows, 1], sums int32 [*rows, CB], packed uint8
     [Np/16, T, Cp/32, k, 64], scales [Np/16, T, CB, 16] or [Np/16, 1, 1, 16], zero points uint8 of that shape (if
     any), bias f32 [Np] (if any), out f32 [*out rows, N], accumulators int32 [*out rows, T * CB, N] (if asked for).
     """
@@ -61,7 +61,7 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
 
     by_row = (
         ("codes", spec.padded_channels, "int8"),
-        ("act_scales", spec.blocks, "float32"),
+        ("act_scales", spec.activation_blocks, "float32"),
         ("sums", spec.blocks, "int32"),
     )
     given = [v.argument(name, (*rows.source_shape, width), dtype) for name, width, dtype in by_row]

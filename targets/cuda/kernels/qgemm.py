@@ -198,7 +198,7 @@ class _Warp:
     def _scale(self, tap: Expr, source: list[Expr], block: Expr) -> None:
         """Take zero points off, multiply by the scales, add."""
         spec, args = self.spec, self.args
-        act = [v.bind(args.act_scales[row, block]) for row in source]
+        act = [v.bind(args.act_scales[row, v.i64(0) if spec.row_scales else block]) for row in source]
         sums = [v.bind(args.sums[row, block]) for row in source] if spec.zero_point else None
         at = (tap, block) if spec.scale_per_block else (v.i64(0), v.i64(0))
         for j in range(self.columns):

@@ -233,7 +233,8 @@ class _Thread:
         where = [self.tile, v.i64(0), block if spec.scale_per_block else v.i64(0)]
         for r in range(self.rows):
             row = self.first_row + r
-            act, total = v.bind(args.act_scales[row, block]), v.bind(args.sums[row, block])
+            act = v.bind(args.act_scales[row, v.i64(0) if spec.row_scales else block])
+            total = v.bind(args.sums[row, block])
             for lane in range(QUAD):
                 i = self.keys.index((r, lane))
                 channel = self.quad * QUAD + lane

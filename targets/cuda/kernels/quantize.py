@@ -3,7 +3,8 @@
     amax = max(max |x|, 1e-30)   inv = 127 / amax   scale = amax / 127   q = clip(round half to even(x * inv), +-127)
 
 Multiplications and divisions are the rounding-to-nearest intrinsics, which nvcc never fuses or approximates, so codes
-equal those of onnxruntime and of the CPU kernels bit for bit.
+equal those of onnxruntime and of the CPU kernels bit for bit. Where a block has several sums, a second launch adds the
+codes up.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class _Item:
 
 
 def make_quantize(spec: QuantizeSpec, name: str) -> Any:
-    """The PrimFunc: x f32 [*lead, C] -> codes int8 [*out, Cp], scales f32 [*out, CB], sums int32 [*out, CB]."""
+    """The PrimFunc: x f32 [*lead, C] -> codes int8 [*out, Cp], scales f32 [*out, CB], sums int32 [*out, CS]."""
     return v.kernel(name, lambda: _Quantize(spec).emit())
 
 
@@ -56,7 +57,8 @@ class _Quantize:
     def __init__(self, spec: QuantizeSpec) -> None:
         self.spec = spec
         self.width = round_up(spec.channels, UNIT)
-        self.blocks = -(-spec.channels // spec.block)
+        self.blocks = spec.blocks
+        self.split = spec.sums > spec.blocks
         # The last block also writes the padding.
         self.span = max(min(spec.block, self.width), self.width - (self.blocks - 1) * spec.block)
 
@@ -67,7 +69,7 @@ class _Quantize:
         x = v.argument("x", (*lead, spec.channels), "float32")
         out = lead if spec.padded is None else (lead[0], dims(spec.padded[0]), dims(spec.padded[1]))
         self.rows = v.product(out)
-        shapes = (("codes", self.width, "int8"), ("scales", self.blocks, "float32"), ("sums", self.blocks, "int32"))
+        shapes = (("codes", self.width, "int8"), ("scales", self.blocks, "float32"), ("sums", spec.sums, "int32"))
         given = [v.argument(name, (*out, columns), dtype) for name, columns, dtype in shapes]
         with v.root():
             self.x = t.view(x, (v.product(lead), spec.channels), "float32")
@@ -85,6 +87,27 @@ class _Quantize:
                 source, inside = self._pixel(row, lead, out)
                 self._item(_Item(row, block, index < v.i64(items), source, inside,
                                  v.bind(block * spec.block), v.bind(thread % lanes), lanes))  # fmt: skip
+            if self.split:
+                self._add_codes()
+
+    def _add_codes(self) -> None:
+        """A thread a sum; channels beyond the last are codes of 0."""
+        spec = self.spec
+        items = self.rows * spec.sums
+        with t.launch((t.divide_round_up(items, BLOCK_THREADS),), BLOCK_THREADS) as ((group,), thread):
+            index = v.bind(group * BLOCK_THREADS + thread)
+            safe = v.bind(t.at_most(index, items - 1))
+            row, which = v.bind(safe // spec.sums), v.bind(safe % spec.sums)
+            total = t.local(1, "int32")
+            v.put(total, tirx.const(0, "int32"), 1)
+
+            def add(i: Expr) -> None:
+                column = v.bind(which * spec.sum_channels + i)
+                code = t.read_if(column < v.i64(self.width), self.codes[row, column], tirx.const(0, "int8"))
+                v.put(total, total[0] + tirx.Cast("int32", code), 1)
+
+            v.loop(spec.sum_channels, add)
+            v.when(index < v.i64(items), lambda: v.store(self.sums, [row, which], total[0], 1))
 
     def _pixel(self, row: Expr, lead: tuple[Any, ...], out: tuple[Any, ...]) -> tuple[Expr, Expr]:
         """Row of x for a row of the result, and whether it lies inside the image."""
@@ -124,7 +147,8 @@ class _Quantize:
 
         def store() -> None:
             v.store(self.scales, [item.row, item.block], tirx.Select(item.inside, scale, tirx.const(0.0, "float32")), 1)
-            v.store(self.sums, [item.row, item.block], added, 1)
+            if not self.split:
+                v.store(self.sums, [item.row, item.block], added, 1)
 
         v.when(tirx.all(item.real, item.lane == v.i64(0)), store)
 

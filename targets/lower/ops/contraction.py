@@ -30,7 +30,10 @@ FEW_ROWS = 4
 
 
 def quantized_activation(node: ir.Node, index: int, axis: int, weight: QTensor) -> tuple[ir.Value, int] | None:
-    """The float source and block of an activation that is quantized at run time just as the weight is blocked."""
+    """The float source and block of an activation that is quantized at run time.
+
+    None unless its blocks are those of the weight, or whole rows (0).
+    """
     found = read_activation(node.inputs[index])
     if found is None:
         return None
@@ -39,7 +42,7 @@ def quantized_activation(node: ir.Node, index: int, axis: int, weight: QTensor) 
     rank = len(source.shape) if source.shape is not None else None
     given = quant.axis if quant.axis >= 0 or rank is None else quant.axis + rank
     block = channels if quant.block == 0 else min(quant.block, channels)
-    if given != axis or block != min(weight.block, channels):
+    if given != axis or block not in (channels, weight.block):
         return None
     return source, 0 if block == channels else block
 

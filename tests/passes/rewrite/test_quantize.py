@@ -15,7 +15,7 @@ from kbitc.graph.evaluate import evaluate
 from kbitc.graph.quantized import read_activation, read_weight
 from kbitc.graph.text import model_text
 from kbitc.options import Method
-from kbitc.passes.rewrite.pipeline import rewrite
+from kbitc.passes.rewrite.pipeline import LONGEST_SUM, activation_block, rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.quant.plan import QuantPlan
 from kbitc.quant.scheme import ScaleCode
@@ -230,3 +230,20 @@ def test_two_bit_integers_raise_the_opset_and_nothing_else_does() -> None:
 def test_odd_widths_take_exactly_their_bits_on_disk(bits: int) -> None:
     quantized, _, _ = _quantize(_model(MATMUL, w=_random(40, 7)), f"int{bits}:b32", "float")
     assert quantized.graph.initializers["w.codes"].const_value.nbytes == -(-40 * 7 * bits // 8)  # type: ignore[union-attr]
+
+
+def test_activations_beside_integer_block_scales_have_one_scale_a_row() -> None:
+    blocks = {}
+    for scheme in ("int4:b16", "int4:b16/i4"):
+        model, _, _ = _quantize(_model(MATMUL, w=_random(40, 7)), scheme, "dynamic")
+        found = read_activation(next(node for node in model.graph if node.op_type == "MatMul").inputs[0])
+        assert found is not None
+        blocks[scheme] = found[1].block
+    assert blocks == {"int4:b16": 16, "int4:b16/i4": 40}
+
+
+def test_sums_that_int32_may_not_hold_keep_blocks() -> None:
+    tensor = _quantize(_model(MATMUL, w=_random(40, 7)), "int4:b16/i4", "dynamic")[2]["w"]
+    assert activation_block(tensor) == 40
+    wide = replace(tensor, codes=np.zeros((7, 1, LONGEST_SUM + 1), np.uint8))
+    assert activation_block(wide) == 16

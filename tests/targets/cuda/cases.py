@@ -31,6 +31,11 @@ class Product:
     symbolic: bool = False
     image: tuple[int, int, int, int, int, int, int] | None = None
 
+    @property
+    def row_scales(self) -> bool:
+        """Integer block scales meet activations with one scale a row."""
+        return "/i4" in self.scheme
+
 
 def make_weight(rng: np.random.Generator, n: int, taps: int, c: int, scheme: str, values: str = "random") -> Any:
     """A QTensor with random codes, scales of its type and random zero points; "learned4:b32" has a table of its own."""
@@ -49,12 +54,17 @@ def make_weight(rng: np.random.Generator, n: int, taps: int, c: int, scheme: str
         codes = np.where(np.arange(n)[:, None, None] % 2 == 0, 0, top - 1).astype(np.uint8) * np.ones_like(codes)
     shape = scale_shape((n, taps, c), parsed)
     scales = (rng.random(shape) * 0.1 + 0.01).astype(np.float16).astype(np.float32)
+    steps = None
+    if "/i4" in scheme:
+        factors = rng.integers(1, parsed.largest_scale_code + 1, shape)
+        steps = (2.0 ** rng.integers(-8, -5, n)).astype(np.float32)
+        scales = (factors * steps[:, None, None]).astype(np.float32)
     zeros = None
     if parsed.zero_point:
         zeros = rng.integers(0, top, shape).astype(np.uint8)
         if values == "extreme":
             zeros[:] = top - 1
-    return QTensor(codes, scales, zeros, data_type, parsed)
+    return QTensor(codes, scales, zeros, data_type, parsed, steps)
 
 
 def make_rows(rng: np.random.Generator, rows: int, c: int, values: str) -> Array:
@@ -69,14 +79,14 @@ def make_rows(rng: np.random.Generator, rows: int, c: int, values: str) -> Array
     return x
 
 
-def quantize(x: Array, block: int) -> tuple[Array, Array, Array]:
-    """kbitc::DynamicQuantize of rows: codes int64 [rows, c], scales f32 [rows, CB], sums int64 [rows, CB]."""
-    starts = np.arange(0, x.shape[1], block)
+def quantize(x: Array, block: int, sum_block: int) -> tuple[Array, Array, Array]:
+    """kbitc::DynamicQuantize of rows: codes int64 [rows, c], scales f32 [rows, CB], sums int64 [rows, CS]."""
+    starts, sum_starts = (np.arange(0, x.shape[1], step) for step in (block, sum_block))
     amax = np.maximum(np.maximum.reduceat(np.abs(x), starts, axis=1), np.float32(1e-30))
     inverse = np.float32(127) / amax
     spread = np.repeat(inverse, block, axis=1)[:, : x.shape[1]]
     codes = np.clip(np.rint(x * spread), -127, 127).astype(np.int64)
-    return codes, (amax / np.float32(127)).astype(np.float32), np.add.reduceat(codes, starts, axis=1)
+    return codes, (amax / np.float32(127)).astype(np.float32), np.add.reduceat(codes, sum_starts, axis=1)
 
 
 def _pad_columns(a: Array, width: int) -> Array:
@@ -93,9 +103,10 @@ def specification(case: Product, weight: Any, *, accumulators: bool = True) -> t
     from kbitc.targets.kernels.rows import ConvRows, MatmulRows
     from kbitc.targets.lower.contraction import RELU, ConvAttributes
 
-    block = min(weight.block, case.c)
+    sums = min(weight.block, case.c)
+    block = case.c if case.row_scales else sums
     rows: Any = MatmulRows((tirx.Var("m", "int64") if case.symbolic else case.m,))
-    quant = QuantizeSpec(rows.lead, case.c, block)
+    quant = QuantizeSpec(rows.lead, case.c, block, sum_block=sums)
     if case.image is not None:
         batch, h, w, k, stride, pad, dilation = case.image
         geometry = ConvAttributes((k, k), (stride, stride), (pad, pad, pad, pad), (dilation, dilation))
@@ -104,10 +115,11 @@ def specification(case: Product, weight: Any, *, accumulators: bool = True) -> t
         if case.symbolic:
             sizes = [tirx.Var(name, "int64") for name in ("b", "h", "w", "ph", "pw", "oh", "ow")]
         rows = ConvRows(sizes[0], sizes[3], sizes[4], sizes[5], sizes[6], geometry)
-        quant = QuantizeSpec(tuple(sizes[:3]), case.c, block, geometry.pads, (sizes[3], sizes[4]))
+        quant = QuantizeSpec(tuple(sizes[:3]), case.c, block, geometry.pads, (sizes[3], sizes[4]), sums)
     spec = QgemmSpec(
-        **weight_fields(weight), rows=rows, bias=True, post=RELU if case.m % 2 else None, accumulators=accumulators
-    )
+        **weight_fields(weight), rows=rows, row_scales=case.row_scales, bias=True,
+        post=RELU if case.m % 2 else None, accumulators=accumulators,
+    )  # fmt: skip
     return spec, quant
 
 
@@ -178,7 +190,7 @@ class _Launcher:
 
 def _check(launcher: _Launcher, i: int, case: Product, weight: Any, spec: Any, quant: Any) -> list[str]:
     rng = np.random.default_rng(i)
-    block, width = spec.block, spec.padded_channels
+    width = spec.padded_channels
     if case.image is None:
         x = make_rows(rng, case.m, case.c, case.values)
         lead: tuple[int, ...] = (case.m,)
@@ -199,12 +211,11 @@ def _check(launcher: _Launcher, i: int, case: Product, weight: Any, spec: Any, q
         picked = [numbers[:, y : y + down : stride, z : z + across : stride].reshape(-1) for y, z in taps]
         source = np.stack(picked, axis=1)
         out_lead = (batch, oh, ow)
-    codes, scales, sums = quantize(padded, block)
+    codes, scales, sums = quantize(padded, quant.block, quant.sum_channels)
     scales = np.where(inside[:, None], scales, 0).astype(np.float32)
-    blocks = scales.shape[1]
     got = launcher(
-        f"q{i}", x, np.zeros((*lead, width), np.int8), np.zeros((*lead, blocks), np.float32),
-        np.zeros((*lead, blocks), np.int32),
+        f"q{i}", x, np.zeros((*lead, width), np.int8), np.zeros((*lead, quant.blocks), np.float32),
+        np.zeros((*lead, quant.sums), np.int32),
     )  # fmt: skip
     failures = []
     wanted = (_pad_columns(codes, width), scales, sums)
@@ -234,7 +245,9 @@ def _check_product(launcher: _Launcher, i: int, case: Product, weight: Any, spec
         for b in range(blocks):
             part = slice(b * block, min(c, (b + 1) * block))
             exact[:, t * blocks + b] = codes[source[:, t], part] @ levels[:, t, part].T
-            factor = scales[source[:, t], b].astype(np.float64)[:, None] * weight_scales[:, t, b]
+            factor = (
+                scales[source[:, t], 0 if case.row_scales else b].astype(np.float64)[:, None] * weight_scales[:, t, b]
+            )
             terms[:, t * blocks + b] = exact[:, t * blocks + b] * factor
     failures = []
     if not np.array_equal(result[-1].reshape(exact.shape), exact):

@@ -12,16 +12,19 @@ from tests.targets.cuda.emulator.emulator import Emulator
 GEMV = [
     Product("int1:b32", 1, 16, 64), Product("int2:c", 2, 33, 900), Product("int3:b16", 4, 17, 50),
     Product("int4:b32", 3, 40, 1000), Product("uint5:b64:zp", 1, 33, 530), Product("int6:b48", 1, 20, 301),
+    Product("int4:b32/i4", 2, 33, 150), Product("uint4:b48/i4:zp", 1, 20, 200),
     Product("int7:b256", 1, 20, 1100), Product("uint8:b128:zp", 1, 33, 400), Product("nf4:b32", 2, 40, 100),
 ]  # fmt: skip
 GEMM = [
     Product("int1:b16", 6, 33, 50), Product("uint2:b32:zp", 16, 16, 70), Product("int3:c", 33, 17, 50),
     Product("int4:b32", 17, 40, 100), Product("int5:t", 9, 31, 33), Product("uint6:b80:zp", 5, 20, 200),
+    Product("int3:b32/i4", 9, 33, 70), Product("uint4:b16/i4:zp", 17, 20, 90),
     Product("int7:b64", 70, 100, 130), Product("int8:b1024", 20, 64, 1030), Product("nf4:b48", 65, 49, 100),
 ]  # fmt: skip
 CONV = [
     Product("int4:b32", 0, 24, 40, image=(1, 7, 9, 3, 1, 1, 1)),
     Product("uint3:b16:zp", 1, 17, 19, image=(2, 8, 5, 3, 2, 1, 1)),
+    Product("uint4:b16/i4:zp", 0, 17, 35, image=(1, 6, 5, 3, 1, 1, 1)),
     Product("nf4:c", 0, 16, 3, image=(1, 9, 11, 5, 2, 2, 1)),
     Product("int8:b32", 1, 20, 33, image=(1, 10, 10, 3, 1, 2, 2), symbolic=True),
 ]

@@ -17,12 +17,12 @@ RANDOM = np.random.default_rng(13)
 
 
 def quantize(x: Any, spec: QuantizeSpec, out: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """Codes [*out, Cp], scales and sums [*out, CB] of the kernel; results start as garbage."""
-    blocks, width = -(-spec.channels // spec.block), -(-spec.channels // 32) * 32
+    """Codes [*out, Cp], scales [*out, CB] and sums [*out, CS] of the kernel; results start as garbage."""
+    width = -(-spec.channels // 32) * 32
     results = (
         np.full((*out, width), 99, np.int8),
-        np.full((*out, blocks), 9, np.float32),
-        np.full((*out, blocks), 9, np.int32),
+        np.full((*out, spec.blocks), 9, np.float32),
+        np.full((*out, spec.sums), 9, np.int32),
     )
     module = tvm.IRModule({"quantize": make_dynamic_quantize(spec, "quantize").with_attr("global_symbol", "quantize")})
     built = tvm.compile(module, target=tvm.target.Target(parse_target(VNNI).tvm))
@@ -44,6 +44,18 @@ def test_equals_numpy(channels: int, block: int) -> None:
     assert not codes[:, channels:].any()
     np.testing.assert_array_equal(scales, wanted_scales)
     np.testing.assert_array_equal(sums, wanted_sums)
+
+
+@pytest.mark.parametrize(("channels", "sum_block"), [(40, 16), (64, 32), (100, 32), (181, 48), (640, 32), (300, 128)])
+def test_one_scale_a_row_with_sums_of_blocks(channels: int, sum_block: int) -> None:
+    need(VNNI)
+    x = RANDOM.standard_normal((3, channels)).astype(np.float32)
+    codes, scales, sums = quantize(x, QuantizeSpec((3,), channels, channels, sum_block=sum_block), (3,))
+    wanted, wanted_scales, _ = quantized_rows(x, channels)
+    np.testing.assert_array_equal(codes[:, :channels], wanted[:, 0])
+    np.testing.assert_array_equal(scales, wanted_scales)
+    starts = np.arange(0, channels, sum_block)
+    np.testing.assert_array_equal(sums, np.add.reduceat(wanted[:, 0].astype(np.int32), starts, axis=1))
 
 
 def test_halves_go_to_even() -> None:

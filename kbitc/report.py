@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import numpy.typing as npt
 from kbitc.quant.metrics import sqnr_db
 from kbitc.quant.plan import PlanEntry
 from kbitc.quant.scheme import ScaleCode, ScaleType
-from kbitc.quant.tensor import QTensor, storage_bits
+from kbitc.quant.tensor import QTensor, scale_shape, storage_bits
 
 REPORT_VERSION = 1
 FLOAT_BYTES = 4
 CODES = ".codes"
 SCALES = ".scales"
+FACTORS = ".factors"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class WeightReport:
         code_bytes: ceil(weights * bits / 8); 0 for a float weight.
         packed_bytes: the codes as they are stored: in a bundle in the kernels' layout, tile padding included.
         bits_per_weight: codes, scales and zero points over the number of weights, as they are stored: in a bundle,
-            whose kernels read plain scales, coded scales count as what they are decoded to.
+            coded scales count as what they are decoded to: bytes (`/i4`), or plain scales.
         sqnr_db: of the weights themselves; None for a float weight.
         fit: how the solver did; None for a float weight.
     """
@@ -103,10 +105,14 @@ def with_packed_sizes(
 
 
 def _as_stored(item: WeightReport, stored: Mapping[str, npt.NDArray[Any]]) -> WeightReport:
-    codes, scales = _part(item, stored, CODES), _part(item, stored, SCALES)
+    codes, scales, factors = (_part(item, stored, part) for part in (CODES, SCALES, FACTORS))
     if codes is not None:
         item = replace(item, packed_bytes=codes.nbytes)
     scheme = item.entry.scheme
+    if scheme is not None and factors is not None:
+        shape = item.entry.shape
+        spare = (8 * factors.itemsize - scheme.scale_code.bits) * prod(scale_shape(shape, scheme))
+        return replace(item, bits_per_weight=(storage_bits(shape, scheme) + spare) / item.weights)
     if scheme is None or scales is None or scales.dtype.kind != "f" or scheme.scale_code is ScaleCode.PLAIN:
         return item
     scale_type = ScaleType.F16 if scales.dtype == np.float16 else ScaleType.F32

@@ -34,3 +34,16 @@ def test_scales_that_a_bundle_holds_decoded_are_counted_so(
     (bundled,) = with_packed_sizes([report], stored)
     assert bundled.packed_bytes == 5000
     assert bundled.bits_per_weight == pytest.approx(in_bundle, abs=1e-9)
+
+
+def test_integer_block_scales_that_a_bundle_holds_as_bytes_are_counted_so() -> None:
+    scheme = QuantScheme.parse("int4:b32/i4")
+    weight = np.random.default_rng(0).normal(size=(64, 1, 128)).astype(np.float32)
+    entry = PlanEntry("w", ("node",), "MatMul", (64, 1, 128), scheme, INT8, "asked for")
+    stored = {
+        "node.codes": np.zeros(5000, np.uint8),
+        "node.scales": np.zeros((4, 1, 1, 16), np.float16),
+        "node.factors": np.zeros((4, 1, 4, 16), np.uint8),
+    }
+    (bundled,) = with_packed_sizes([weight_report(entry, weight, solve(weight, scheme))], stored)
+    assert bundled.bits_per_weight == pytest.approx(4 + 8 / 32 + 16 / 128, abs=1e-9)

@@ -164,7 +164,7 @@ def _overflow(scheme: QuantScheme, reduction: int) -> str | None:
     """Why an int32 accumulator could overflow: |sum| <= terms * 127 * (largest level difference)."""
     levels = scheme.data_type().grid
     low, high = int(min(levels)), int(max(levels))
-    largest = high - low if scheme.zero_point else max(abs(low), abs(high))
+    largest = high - low if scheme.zero_point or scheme.offset else max(abs(low), abs(high))
     terms = min(reduction, scheme.block) if scheme.granularity is Granularity.BLOCK else reduction
     if terms * ACTIVATION_LEVEL * largest <= INT32_LIMIT:
         return None

@@ -135,7 +135,8 @@ def made_up_weight(scheme: str | None, shape: tuple[int, int, int]) -> QTensor |
     codes = random.integers(0, 2**data_type.bits, shape).astype(np.uint8)
     scales = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float16).astype(np.float32)
     zeros = random.integers(0, 2**data_type.bits, scales.shape).astype(np.uint8) if parsed.zero_point else None
-    return QTensor(codes, scales, zeros, data_type, parsed)
+    offsets = scales if parsed.offset else None
+    return QTensor(codes, scales, zeros, data_type, parsed, offsets=offsets)
 
 
 def from_facts(facts: Mapping[str, Any], sizes: Mapping[str, int]) -> Contraction | None:

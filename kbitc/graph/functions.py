@@ -19,6 +19,7 @@ from kbitc.graph.shapes import infer_shapes
 DOMAIN = "kbitc"
 DYNAMIC_QUANTIZE = "DynamicQuantize"
 DEQUANTIZE = "DequantizeKBit"
+DEQUANTIZE_OFFSET = "DequantizeKBitOffset"
 UNPACK = "UnpackKBit"
 
 #: Functions without a kernel.
@@ -128,10 +129,27 @@ DequantizeKBit <bits, block> (stream, grid, scales, zeros, shape) => (Y) {{
     difference = Sub(levels, zero)
     Y = Mul(difference, scale)
 }}""",
+    # scale * (grid[code] - zero) + offset: the product is rounded, then the sum.
+    DEQUANTIZE_OFFSET: """
+<domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
+DequantizeKBitOffset <bits, block> (stream, grid, scales, zeros, shape, offsets) => (Y) {{
+    two = Constant<value_ints = [2]>()
+    three = Constant<value_ints = [3]>()
+    scaled = kbitc.DequantizeKBit<bits: int = @bits, block: int = @block>(stream, grid, scales, zeros, shape)
+    start = Constant<value_int = 0>()
+    step = Constant<value_int = 1>()
+    channels1 = Slice(shape, two, three)
+    channels = Squeeze(channels1)
+    index = Range(start, channels, step)
+    block0 = Constant<value_int: int = @block>()
+    which = Div(index, block0)
+    offset = Gather<axis = 2>(offsets, which)
+    Y = Add(scaled, offset)
+}}""",
 }
 
 # name -> functions that its body calls.
-_CALLS = {DEQUANTIZE: (UNPACK,)} | integer_functions.CALLS
+_CALLS = {DEQUANTIZE: (UNPACK,), DEQUANTIZE_OFFSET: (DEQUANTIZE, UNPACK)} | integer_functions.CALLS
 
 _IDENTITY = """
 <domain: "kbitc", opset_import: ["" : {opset}]>

@@ -138,30 +138,42 @@ def _before_layout(node: ir.Node, kind: str) -> ir.Node | None:
 
 
 def _read_function(node: ir.Node | None) -> QTensor | None:
-    if node is None or node.domain != functions.DOMAIN or node.op_type != functions.DEQUANTIZE:
+    if node is None or node.domain != functions.DOMAIN:
         return None
-    stream, grid, scales, zeros, shape = node.inputs
+    if node.op_type not in (functions.DEQUANTIZE, functions.DEQUANTIZE_OFFSET):
+        return None
+    stream, grid, scales, zeros, shape = node.inputs[:5]
     data, levels, sizes, read = _constant(stream), _constant(grid), _constant(shape), _view_scales(scales)
     if data is None or levels is None or sizes is None or read is None:
         return None
+    offsets = None
+    if node.op_type == functions.DEQUANTIZE_OFFSET:
+        stored = _scales(node.inputs[5])
+        if stored is None or stored[0].shape != read[0].shape or stored[1] is not read[1]:
+            return None
+        offsets = stored[0]
     bits = node.attributes.get_int("bits", 0)
     block = node.attributes.get_int("block", 1)
     n, t, c = (int(size) for size in sizes)
     codes = unpack_dense(np.asarray(data, np.uint8), bits, n * t * c).reshape(n, t, c)
     zero_points = _zero_codes(zeros, bits, read[0].shape)
     integers = tuple(int(level) for level in levels)
-    if bits == ALL_BITS and zero_points is None:
+    asymmetric = zero_points is not None or offsets is not None
+    if bits == ALL_BITS and not asymmetric:
         # Levels of 8 bits are int8 codes themselves: no kernel needs a table of 256.
         codes = np.asarray(np.asarray(integers, np.int16)[codes] - LOWEST, np.uint8)
         integers = tuple(range(LOWEST, -LOWEST))
-    data_type, variant = _format(integers, bits, zero_points is not None)
-    kind = QuantScheme(data_type.name, bits, Granularity.TENSOR, 0, zero_points is not None, read[1], variant)
+    data_type, variant = _format(integers, bits, asymmetric)
+    kind = QuantScheme(
+        data_type.name, bits, Granularity.TENSOR, 0, zero_points is not None, read[1], variant,
+        offset=offsets is not None,
+    )  # fmt: skip
     # The integer product of any table need not fit int8: its block scales are then read as plain ones.
     coded = not (data_type.name == "table" and read[2] is ScaleCode.INTEGER)
     scheme = _scheme(kind, read[0].shape, (n, t, c), block, read[2] if coded else ScaleCode.PLAIN)
     if scheme is None:
         return None
-    return QTensor(codes, read[0], zero_points, data_type, scheme, read[3] if coded else None)
+    return QTensor(codes, read[0], zero_points, data_type, scheme, read[3] if coded else None, offsets)
 
 
 def _zero_codes(value: ir.Value | None, bits: int, shape: tuple[int, ...]) -> npt.NDArray[np.uint8] | None:

@@ -16,7 +16,7 @@ class Format:
     """A k-bit data type: a code is an index into an ascending grid of int8 levels.
 
     A real number x is represented as ``scale * grid[code]``, or with a zero point as
-    ``scale * (grid[code] - grid[zero_point])``.
+    ``scale * (grid[code] - grid[zero_point])``, or with an offset as ``scale * (grid[code] - grid[0]) + offset``.
 
     Attributes:
         name: family name without the bit width, such as ``int``.
@@ -24,7 +24,7 @@ class Format:
         levels: the 2^k levels, ascending, each in [-128, 127]. A level may occur more than once (the two zeros of a
             small float, neighbours that round to the same int8 level); `encode` gives the first of equal ones.
         uniform: levels are consecutive integers, so that no look-up table is needed.
-        asymmetric: the format always carries a zero point per scale.
+        asymmetric: the format always carries a zero point, or an offset, per scale.
         learned: levels are only a first guess; `kbitc.quant.learn` fits them to a weight.
         peak: level that the largest magnitude of a block gets when its scale is chosen by the largest magnitude;
             0 means the outermost level of its sign.

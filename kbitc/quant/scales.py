@@ -1,4 +1,4 @@
-"""How scales are stored: rounded to a float type, or as small codes of a coarser step."""
+"""How scales and offsets are stored: rounded to a float type, or as small codes of a coarser step."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def round_scales(scales: FloatArray, scale_type: ScaleType) -> FloatArray:
     if scale_type is ScaleType.F32:
         return np.asarray(filled, np.float32)
     return np.minimum(filled, LARGEST_F16).astype(np.float16).astype(np.float32)
+
+
+def round_offsets(offsets: FloatArray, scale_type: ScaleType) -> FloatArray:
+    """Round offsets to the storage type of scales."""
+    if scale_type is ScaleType.F32:
+        return np.asarray(offsets, np.float32)
+    return np.clip(offsets, -LARGEST_F16, LARGEST_F16).astype(np.float16).astype(np.float32)
 
 
 def spread_steps(steps: FloatArray, shape: tuple[int, ...], scale_code: ScaleCode) -> FloatArray:

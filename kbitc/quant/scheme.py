@@ -19,7 +19,9 @@ MAX_BLOCK = 1024
 # A family name that ends in a digit is followed by a dash: log2-4.
 _HEAD = re.compile(r"([a-z][a-z_]*?(?:\d(?=-\d))?)-?(\d+)(?:-([a-z][a-z0-9]*))?")
 _BLOCK = re.compile(r"b(\d+)(?:/(i\d+))?")
-EXAMPLES = "write it as int4:b32, uint4:b64:zp, nf4:b64, fp4-e2m1:b32, int4:b32/i4, int8:c or int8:t"
+# The smallest number of a block: what ggml, whose Q4_1 has such offsets, calls them.
+OFFSET = "min"
+EXAMPLES = "write it as int4:b32, uint4:b64:zp, uint4:b32:min, nf4:b64, fp4-e2m1:b32, int4:b32/i4, int8:c or int8:t"
 # An integer level times the scale code of its block fits int8.
 LARGEST_PRODUCT = 127
 # With fewer different scale codes normal weights would lose more than 0.5 dB (measured: int5 with 7 loses 0.6).
@@ -115,6 +117,8 @@ class QuantScheme:
         scale_type: storage type of the scales; with coded scales each code * step is exact in it.
         variant: which of a family of grids, such as e2m1; "" means the default and becomes it.
         scale_code: how scales are themselves quantized.
+        offset: whether each scale has a number of its own type beside it that the lowest level stands for; then
+            there is no zero point.
     """
 
     format: str
@@ -125,6 +129,7 @@ class QuantScheme:
     scale_type: ScaleType = ScaleType.F16
     variant: str = ""
     scale_code: ScaleCode = ScaleCode.PLAIN
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -135,12 +140,21 @@ class QuantScheme:
         if not blocked and self.block:
             raise UsageError("only block granularity has a block size", got=self.block, remedy=EXAMPLES)
         object.__setattr__(self, "variant", _variant(self.format, self.bits, self.variant))
-        data_type = self.data_type()
-        if data_type.asymmetric and not self.zero_point:
-            raise UsageError("this format needs a zero point", got=str(self), remedy=f"write {self}:zp")
-        if self.zero_point and not data_type.asymmetric:
-            raise UsageError("this format has no zero point", got=str(self), remedy=f"use uint{self.bits} for one")
+        self._check_zero()
         self._check_scale_code()
+
+    def _check_zero(self) -> None:
+        asymmetric = self.data_type().asymmetric
+        if asymmetric and not self.zero_point and not self.offset:
+            raise UsageError("this format needs a zero point", got=str(self), remedy=f"write {self}:zp or {self}:min")
+        if (self.zero_point or self.offset) and not asymmetric:
+            what = "zero point" if self.zero_point else "offset"
+            raise UsageError(f"this format has no {what}", got=str(self), remedy=f"use uint{self.bits} for one")
+        if self.zero_point and self.offset:
+            raise UsageError("a scale has a zero point or an offset, not both", got=str(self), remedy="drop :zp")
+        if self.offset and self.scale_code is not ScaleCode.PLAIN:
+            code = self.scale_code.value
+            raise UsageError("offsets stand beside float scales", got=str(self), remedy=f"drop {code}, or use :zp")
 
     def _check_scale_code(self) -> None:
         if self.scale_code is ScaleCode.DOUBLE and self.granularity is Granularity.TENSOR:
@@ -197,6 +211,8 @@ class QuantScheme:
         parts.append(self.granularity.value + (str(self.block) if self.block else "") + ("/i4" if integer else ""))
         if self.zero_point:
             parts.append("zp")
+        if self.offset:
+            parts.append(OFFSET)
         if double:
             parts.append(self.scale_code.value)
         if self.scale_type is not ScaleType.F16:
@@ -223,7 +239,7 @@ class QuantScheme:
         defaults: dict[str, Any] = {
             "granularity": Granularity.BLOCK,
             "block": DEFAULT_BLOCK,
-            "zero_point": match[1] == "uint",
+            "zero_point": match[1] == "uint" and "offset" not in said,
         }
         return cls(match[1], int(match[2]), variant=match[3] or "", **(defaults | said))
 
@@ -238,6 +254,8 @@ def _read_part(part: str, text: str) -> dict[str, Any]:
         return {"granularity": Granularity(part), "block": 0}
     if part == "zp":
         return {"zero_point": True}
+    if part == OFFSET:
+        return {"offset": True}
     if part == ScaleCode.DOUBLE.value:
         return {"scale_code": ScaleCode.DOUBLE}
     if part in (kind.value for kind in ScaleType):

@@ -1,10 +1,10 @@
-"""A quantized weight: codes, scales, zero points and the grid that gives them meaning."""
+"""A quantized weight: codes, scales, zero points or offsets, and the grid that gives them meaning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from kbitc.quant.scheme import Granularity, QuantScheme, ScaleCode
 
 D = TypeVar("D", bound=np.generic)
 FloatArray = npt.NDArray[np.float32]
+Fill = Literal["constant", "edge"]
 SCALE_BITS = {"f16": 16, "f32": 32}
 LEVEL_BITS = 8
 
@@ -29,13 +30,16 @@ class QTensor:
         scales: f32 [N, T, CB], [N, 1, 1] (channel) or [1, 1, 1] (tensor), in units of x per level step;
             every value is representable in the scheme's scale type.
         zero_points: uint8 of the shape of scales, the code whose level is the real zero; None when symmetric.
+        offsets: f32 of the shape of scales, in units of x, what the lowest level stands for; representable in the
+            scheme's scale type. None unless the scheme has them, and then there are no zero points.
         format: the data type with its levels.
         scheme: how it was made.
         scale_steps: where the scheme codes its scales, the steps of which they are multiples
             (`kbitc.quant.scales.store_scales`); else None.
 
     Raises:
-        InternalError: the scales are not multiples of their steps, or there are steps without coded scales.
+        InternalError: the scales are not multiples of their steps, there are steps without coded scales, or zero
+            points or offsets that the scheme does not have.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -44,8 +48,11 @@ class QTensor:
     format: Format
     scheme: QuantScheme
     scale_steps: npt.NDArray[np.float32] | None = None
+    offsets: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
+        if self.scheme.offset != (self.offsets is not None) or self.scheme.offset and self.zero_points is not None:
+            raise InternalError("zero points or offsets do not fit the scheme", where=str(self.scheme))
         coded = self.scheme.scale_code is not ScaleCode.PLAIN
         if coded != (self.scale_steps is not None):
             raise InternalError("steps of scales do not fit the scheme", where=str(self.scheme))
@@ -73,12 +80,15 @@ class QTensor:
         return self.scheme.block if self.scheme.granularity is Granularity.BLOCK else self.shape[2]
 
     def levels(self) -> npt.NDArray[np.int16]:
-        """The exact integer of every weight: grid[code] - grid[zero point], int16 [N, T, C] in [-255, 255]."""
+        """The exact integer of every weight, int16 [N, T, C] in [-255, 255].
+
+        That is grid[code] - grid[zero point], with offsets grid[code] - grid[0], which is the code.
+        """
         grid = self.format.grid.astype(np.int16)
         integers: npt.NDArray[np.int16] = grid[self.codes]
         if self.zero_points is not None:
             integers = integers - grid[spread(self.zero_points, self.shape, self.scheme)]
-        return integers
+        return integers - grid[0] if self.offsets is not None else integers
 
     def scale_codes(self) -> npt.NDArray[np.uint8]:
         """The codes of coded scales, uint8 of the shape of scales: scale = code * step; 0 only for a scale of 0."""
@@ -104,9 +114,14 @@ class QTensor:
         return replace(self, scheme=replace(self.scheme, scale_code=ScaleCode.PLAIN), scale_steps=None)
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """What the codes stand for, f32 [N, T, C]: one float32 product a weight, as ONNX DequantizeLinear does."""
-        integers = self.levels().astype(np.float32)
-        return np.asarray(integers * spread(self.scales, self.shape, self.scheme), dtype=np.float32)
+        """What the codes stand for, f32 [N, T, C]: one float32 product a weight, as ONNX DequantizeLinear does.
+
+        An offset is added to the rounded product, and the sum rounded.
+        """
+        values = self.levels().astype(np.float32) * spread(self.scales, self.shape, self.scheme)
+        if self.offsets is not None:
+            values = values + spread(self.offsets, self.shape, self.scheme)
+        return np.asarray(values, dtype=np.float32)
 
     def code_bytes(self) -> int:
         """Bytes of the codes without tile padding: ceil(N * T * C * bits / 8)."""
@@ -118,7 +133,7 @@ class QTensor:
 
 
 def storage_bits(shape: tuple[int, int, int], scheme: QuantScheme) -> int:
-    """Bits of a weight [N, T, C]: codes, scales, zero points and a learned table, without padding."""
+    """Bits of a weight [N, T, C]: codes, scales, zero points or offsets and a learned table, without padding."""
     scales = scale_shape(shape, scheme)
     float_bits = SCALE_BITS[scheme.scale_type.value]
     # Double quantization keeps its few steps in f32.
@@ -127,6 +142,7 @@ def storage_bits(shape: tuple[int, int, int], scheme: QuantScheme) -> int:
     total += prod(scales) * (scheme.scale_code.bits or float_bits)
     total += step_count(scales, scheme.scale_code) * step_bits
     total += prod(scales) * scheme.bits if scheme.zero_point else 0
+    total += prod(scales) * float_bits if scheme.offset else 0
     return total + (LEVEL_BITS * 2**scheme.bits if scheme.data_type().learned else 0)
 
 
@@ -168,6 +184,15 @@ def block_range(weight: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, Fl
     return weight.min(axis=axes, keepdims=True, initial=zero), weight.max(axis=axes, keepdims=True, initial=zero)
 
 
+def block_extent(weight: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, FloatArray]:
+    """Smallest and largest of the weights [N, T, C] that share a scale, f32 of the scales' shape."""
+    if scheme.granularity is Granularity.BLOCK:
+        split = _split_blocks(weight, scheme, "edge")
+        return split.min(axis=3), split.max(axis=3)
+    axes = (0, 1, 2) if scheme.granularity is Granularity.TENSOR else (1, 2)
+    return weight.min(axis=axes, keepdims=True), weight.max(axis=axes, keepdims=True)
+
+
 def block_sum(values: FloatArray, scheme: QuantScheme) -> FloatArray:
     """Sums of f32 [N, T, C] over the weights that share a scale, f32 of the scales' shape."""
     if scheme.granularity is Granularity.BLOCK:
@@ -176,12 +201,10 @@ def block_sum(values: FloatArray, scheme: QuantScheme) -> FloatArray:
     return np.asarray(values.sum(axis=axes, keepdims=True), np.float32)
 
 
-def _split_blocks(weight: FloatArray, scheme: QuantScheme) -> FloatArray:
-    """[N, T, C] -> [N, T, CB, block], the short last block filled with zeros."""
+def _split_blocks(weight: FloatArray, scheme: QuantScheme, fill: Fill = "constant") -> FloatArray:
+    """[N, T, C] -> [N, T, CB, block], the short last block filled with zeros or ("edge") with the last weight."""
     n, t, c = weight.shape
     count = blocks_of(c, scheme)
-    if c == count * scheme.block:
-        return weight.reshape(n, t, count, scheme.block)
-    padded = np.zeros((n, t, count * scheme.block), np.float32)
-    padded[:, :, :c] = weight
-    return padded.reshape(n, t, count, scheme.block)
+    if c != count * scheme.block:
+        weight = np.pad(weight, ((0, 0), (0, 0), (0, count * scheme.block - c)), mode=fill)
+    return weight.reshape(n, t, count, scheme.block)

@@ -105,7 +105,7 @@ class Problem:
 
 
 def weight_bits(entry: PlanEntry) -> int:
-    """Bits of a weight: codes, scales and zero points, or 32 a weight where it stays float."""
+    """Bits of a weight: codes, scales, zero points or offsets, or 32 a weight where it stays float."""
     if entry.scheme is None:
         return FLOAT_BITS * prod(entry.shape)
     return storage_bits(entry.shape, entry.scheme)
@@ -122,7 +122,8 @@ def stored_bytes(entry: PlanEntry) -> int:
     if entry.op_type == "Conv" and entry.activation == FLOAT and not blocked:
         taps, channels = 1, taps * channels  # packed with its taps side by side
     codes = prod(packed_shape(n, taps, channels, entry.scheme.bits))
-    size = round_up(codes, ALIGNMENT) + round_up(scales * SCALE_BITS[entry.scheme.scale_type.value] // 8, ALIGNMENT)
+    floats = round_up(scales * SCALE_BITS[entry.scheme.scale_type.value] // 8, ALIGNMENT)
+    size = round_up(codes, ALIGNMENT) + (2 * floats if entry.scheme.offset else floats)
     return size + (round_up(scales, ALIGNMENT) if entry.scheme.zero_point else 0)
 
 

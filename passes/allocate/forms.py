@@ -107,6 +107,8 @@ def weight_obstacle(tensor: QTensor) -> str | None:
     """Why the levels of a weight cannot be summed in one int32: they need one scale a channel and no zero point."""
     if tensor.zero_points is not None:
         return "its weight has zero points; use a symmetric scheme"
+    if tensor.offsets is not None:
+        return f"its weight has offsets; use int{tensor.bits}:c"
     if tensor.scheme.granularity is Granularity.BLOCK and tensor.scheme.scale_code is not ScaleCode.INTEGER:
         name = f"{tensor.format.name}{tensor.bits}"
         return f"its weight has float scales inside a sum; use {name}:c or {name}:b32/i4"

@@ -129,13 +129,15 @@ def theoretical_noise(tensor: QTensor) -> float:
 
 
 def weight_histogram(weight: FloatArray, tensor: QTensor) -> tuple[Histogram, tuple[int, ...]]:
-    """Weights over their scale (and above their zero point), with the levels of the grid in the same unit."""
+    """Weights over their scale (and above their zero point or offset), with the levels of the grid in the same unit."""
     scales = spread(tensor.scales, tensor.shape, tensor.scheme)
-    ratio = weight / np.where(scales == 0, np.float32(1), scales)
+    levels = tensor.format.levels
+    if tensor.offsets is not None:
+        weight = weight - spread(tensor.offsets, tensor.shape, tensor.scheme)
+    ratio = weight / np.where(scales == 0, np.float32(1), scales) + (levels[0] if tensor.offsets is not None else 0)
     if tensor.zero_points is not None:
         zeros = tensor.format.grid.astype(np.float32)[tensor.zero_points]
         ratio = ratio + spread(zeros, tensor.shape, tensor.scheme)
-    levels = tensor.format.levels
     margin = (levels[-1] - levels[0]) / 16
     return count(ratio, levels[0] - margin, levels[-1] + margin), levels
 

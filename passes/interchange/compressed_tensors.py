@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from kbitc.errors import ResourceError, UnsupportedError, UsageError
 from kbitc.graph import ops
-from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export
+from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export, has_offsets
 from kbitc.quant.plan import INT8
 from kbitc.quant.scheme import Granularity, QuantScheme
 from kbitc.quant.tensor import QTensor
@@ -39,9 +39,11 @@ STRATEGIES = {Granularity.BLOCK: "group", Granularity.CHANNEL: "channel", Granul
 
 
 def declines(widen: bool, op_type: str, activation: str, scheme: QuantScheme) -> str | None:
-    """Run-time quantized activations, convolutions, and grids that are not uniform."""
+    """Run-time quantized activations, offsets, convolutions, and grids that are not uniform."""
     if activation == INT8:
         return WEIGHTS_ONLY
+    if scheme.offset:
+        return has_offsets(scheme)
     if op_type not in ("MatMul", "Gather"):
         return f"pack-quantized holds linear layers and embeddings, not {op_type}"
     if not scheme.data_type().uniform:

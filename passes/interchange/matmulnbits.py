@@ -7,8 +7,10 @@ After:
 
 Operator (onnxruntime, docs/ContribOperators.md): B u8 [N, ceil(K / block), block bits / 8] holds the codes of a row
 block by block, low bits first, the last block padded; scales [N, ceil(K / block)] in the type of x; zero points u8
-[N, ceil(ceil(K / block) bits / 8)], packed alike, 2^(bits - 1) when left out. Level 0 multiplies in the type of x, so
-the result is that of MatMul on the dequantized weight up to the order of its sums.
+[N, ceil(ceil(K / block) bits / 8)], packed alike, 2^(bits - 1) when left out. They may be real numbers instead, f32 [N,
+ceil(K / block)], for which onnxruntime 1.31 has a kernel on CPUs at 2 and 4 bits: an offset is -zero point * scale.
+Level 0 multiplies in the type of x, so the result is that of MatMul on the dequantized weight up to the order of its
+sums.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ import onnx_ir as ir
 from kbitc.errors import InternalError
 from kbitc.graph import ops
 from kbitc.importer.files import write_model
-from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export, standard_model, wants_widening, widened
+from kbitc.passes.interchange._export import (
+    WEIGHTS_ONLY,
+    Export,
+    has_offsets,
+    standard_model,
+    wants_widening,
+    widened,
+)
 from kbitc.quant.packing import round_up
 from kbitc.quant.plan import INT8
 from kbitc.quant.scheme import Granularity, QuantScheme
@@ -33,14 +42,20 @@ Bytes = npt.NDArray[np.uint8]
 DOMAIN = "com.microsoft"
 OPERATOR = "MatMulNBits"
 BLOCKS = (16, 32, 64, 128, 256)
+# The widest codes beside which onnxruntime takes zero points that are floats.
+REAL_ZERO_POINTS = 4
 
 
 def declines(widen: bool, op_type: str, activation: str, scheme: QuantScheme) -> str | None:
-    """Run-time quantized activations, blocks and widths that the operator lacks."""
+    """Run-time quantized activations, blocks and widths that the operator lacks, offsets that it would round."""
     if activation == INT8:
         return WEIGHTS_ONLY
     if op_type == "MatMul" and (scheme.granularity is not Granularity.BLOCK or scheme.block not in BLOCKS):
         return f"MatMulNBits has blocks of {', '.join(map(str, BLOCKS))}, not {scheme}"
+    if op_type != "MatMul" and scheme.offset:
+        return has_offsets(scheme)
+    if scheme.offset and scheme.bits > REAL_ZERO_POINTS:
+        return f"MatMulNBits has real zero points at 2 and 4 bits, not at {scheme.bits}: use :zp in place of :min"
     return wants_widening(scheme, widen)
 
 
@@ -77,6 +92,8 @@ def _replace(model: ir.Model, name: str, tensor: QTensor) -> None:
     ]
     if tensor.zero_points is not None:
         arrays.append(("zero_points", _bit_rows(tensor.zero_points.reshape(n, -1), tensor.bits)))
+    if tensor.offsets is not None:
+        arrays.append(("zero_points", (-tensor.offsets / tensor.scales).reshape(n, -1)))
     operands = [_initializer(graph, f"{name}.{part}", array) for part, array in arrays]
     attributes = {"K": k, "N": n, "bits": tensor.bits, "block_size": tensor.block, "accuracy_level": 0}
     for node, index in tuple(weight.uses()):

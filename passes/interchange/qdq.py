@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from kbitc.importer.files import write_model
-from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export, standard_model, wants_widening, widened
+from kbitc.passes.interchange._export import WEIGHTS_ONLY, Export, has_offsets, standard_model, wants_widening, widened
 from kbitc.quant.plan import INT8
 from kbitc.quant.scheme import QuantScheme
 
@@ -20,7 +20,7 @@ def declines(widen: bool, op_type: str, activation: str, scheme: QuantScheme) ->
     """Run-time quantized activations, and a data type that ONNX lacks, unless it may be widened."""
     if activation == INT8:
         return WEIGHTS_ONLY
-    return wants_widening(scheme, widen)
+    return has_offsets(scheme) or wants_widening(scheme, widen)
 
 
 def write(export: Export, path: Path) -> int:

@@ -6,7 +6,9 @@ After, where ONNX has the type (int and uint of 2, 4, 8 bits):
     MatMul(x, DequantizeLinear(codes, Cast(scales), [zero points], axis, block_size))
 After, for every other format, and where scales are themselves quantized:
     MatMul(x, Transpose(Reshape(kbitc::DequantizeKBit(stream, grid, Cast(scales), zeros, shape))))
-with DequantizeLinear(scale codes, Cast(steps)) in place of Cast(scales) for quantized scales.
+with DequantizeLinear(scale codes, Cast(steps)) in place of Cast(scales) for quantized scales, and
+kbitc::DequantizeKBitOffset(stream, grid, Cast(scales), zeros, shape, Cast(offsets)) for offsets, of every width: there
+the grid is that of uint and the zero the lowest level.
 Keeps the graph when the plan gives the tensor no scheme. Every user of the initializer sees the same new value,
 so tied weights stay tied.
 """
@@ -64,13 +66,14 @@ def quantize_weights(model: ir.Model, tensors: Mapping[str, QTensor], kinds: Map
             builder.standard(weight, tensor, kinds[name])
         else:
             builder.function(weight, tensor, kinds[name])
-            needed.add(functions.DEQUANTIZE)
+            needed.add(functions.DEQUANTIZE if tensor.offsets is None else functions.DEQUANTIZE_OFFSET)
         del model.graph.initializers[name]
     return sorted(needed)
 
 
 def _is_standard(tensor: QTensor) -> bool:
-    return tensor.scale_steps is None and (tensor.format.name, tensor.bits) in STANDARD_DTYPES
+    plain = tensor.scale_steps is None and tensor.offsets is None
+    return plain and (tensor.format.name, tensor.bits) in STANDARD_DTYPES
 
 
 class _Builder:
@@ -167,9 +170,12 @@ class _Builder:
         grid = self.constant("grid", tensor.format.grid.astype(np.float32))
         scales = self.view_scales(tensor)
         sizes = self.constant("shape", np.array(tensor.shape, np.int64))
+        inputs: list[ir.Value | None] = [stream, grid, scales, self._zeros(tensor, grid), sizes]
+        if tensor.offsets is not None:
+            inputs.append(self.scales("offsets", tensor.offsets, tensor.scheme.scale_type))
         value = self.node(
-            functions.DEQUANTIZE,
-            [stream, grid, scales, self._zeros(tensor, grid), sizes],
+            functions.DEQUANTIZE if tensor.offsets is None else functions.DEQUANTIZE_OFFSET,
+            inputs,
             "view",
             domain=functions.DOMAIN,
             bits=tensor.bits,
@@ -185,7 +191,8 @@ class _Builder:
 
     def _zeros(self, tensor: QTensor, grid: ir.Value) -> ir.Value:
         if tensor.zero_points is None:
-            return self.constant("zeros", np.zeros(tensor.scales.shape, np.float32)[:1, :1])
+            lowest = 0 if tensor.offsets is None else tensor.format.levels[0]
+            return self.constant("zeros", np.full_like(tensor.scales[:1, :1], lowest))
         stream = self.constant("zero_points", pack_dense(tensor.zero_points, tensor.bits))
         sizes = self.scale_shape(tensor)
         codes = self.node(functions.UNPACK, [stream, sizes], "zero_codes", domain=functions.DOMAIN, bits=tensor.bits)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
-from kbitc.quant.scales import round_scales
+from kbitc.quant.scales import round_offsets, round_scales
 from kbitc.quant.scheme import Granularity, QuantScheme, ScaleCode
-from kbitc.quant.tensor import QTensor, blocks_of
+from kbitc.quant.tensor import Fill, QTensor, blocks_of
 
 FloatArray = npt.NDArray[np.float32]
 CodeArray = npt.NDArray[np.uint8]
@@ -47,16 +49,18 @@ def store(scales: FloatArray, scheme: QuantScheme) -> FloatArray:
     return np.asarray(np.where(scales < 0, -kept, kept), np.float32)
 
 
-def to_blocks(array: npt.NDArray[D], scheme: QuantScheme) -> npt.NDArray[D]:
-    """[N, T, C] -> [scales, weights a scale], the short last block of a row filled with zeros."""
+def to_blocks(array: npt.NDArray[D], scheme: QuantScheme, fill: Fill = "constant") -> npt.NDArray[D]:
+    """[N, T, C] -> [scales, weights a scale].
+
+    The short last block of a row is filled with zeros, or ("edge") with its last weight, which widens no range.
+    """
     n, t, c = array.shape
     if scheme.granularity is Granularity.TENSOR:
         return array.reshape(1, -1)
     if scheme.granularity is Granularity.CHANNEL:
         return array.reshape(n, -1)
     count = blocks_of(c, scheme)
-    padded = np.zeros((n, t, count * scheme.block), array.dtype)
-    padded[:, :, :c] = array
+    padded = np.pad(array, ((0, 0), (0, 0), (0, count * scheme.block - c)), mode=fill)
     return padded.reshape(n * t * count, scheme.block)
 
 
@@ -68,27 +72,81 @@ def from_blocks(array: npt.NDArray[D], shape: tuple[int, int, int], scheme: Quan
     return np.ascontiguousarray(array.reshape(n, t, -1)[:, :, :c])
 
 
+class Affine(NamedTuple):
+    """What levels stand for: scales * (level - zeros) + offsets, arrays that broadcast to the levels.
+
+    Attributes:
+        scales: f32, storable.
+        zeros: f32, the level that stands for the real zero; 0 when symmetric, with offsets the lowest level.
+        offsets: f32, storable; None where the scheme has none.
+    """
+
+    scales: FloatArray
+    zeros: FloatArray
+    offsets: FloatArray | None = None
+
+    @classmethod
+    def of(cls, tensor: QTensor) -> Affine:
+        """The one of a weight, in the shape of its scales."""
+        grid = tensor.format.grid.astype(np.float32)
+        zeros = np.full_like(tensor.scales, grid[0] if tensor.offsets is not None else 0)
+        if tensor.zero_points is not None:
+            zeros = grid[tensor.zero_points]
+        return cls(tensor.scales, zeros, tensor.offsets)
+
+    def each(self, function: Callable[[Any], Any]) -> Affine:
+        """A function of every array."""
+        offsets = None if self.offsets is None else function(self.offsets)
+        return Affine(function(self.scales), function(self.zeros), offsets)
+
+    def where(self, condition: npt.NDArray[np.bool_], other: Affine) -> Affine:
+        """`self` where the condition holds, else the other."""
+        offsets = None
+        if self.offsets is not None and other.offsets is not None:
+            offsets = np.where(condition, self.offsets, other.offsets)
+        scales = np.where(condition, self.scales, other.scales)
+        return Affine(scales, np.where(condition, self.zeros, other.zeros), offsets)
+
+    def values(self, levels: FloatArray) -> FloatArray:
+        """The weights of levels, rounded as `QTensor.dequantize` does."""
+        made = self.scales * (levels - self.zeros)
+        return np.asarray(made if self.offsets is None else made + self.offsets, np.float32)
+
+    def above(self, weight: FloatArray) -> FloatArray:
+        """The weight above its offset: what scales make of level - zeros."""
+        return weight if self.offsets is None else np.asarray(weight - self.offsets, np.float32)
+
+    def ratio(self, weight: FloatArray) -> FloatArray:
+        """The level, a real number, that a weight is."""
+        made = self.above(weight) / np.where(self.scales == 0, np.float32(1), self.scales) + self.zeros
+        return np.asarray(made, np.float32)
+
+
 @dataclass
 class Fit:
     """Scales and zero points of many blocks with the codes they give.
 
     Attributes:
-        scales: f32 [blocks, 1], storable.
-        zeros: f32 [blocks, 1], the level that stands for the real zero; 0 when symmetric.
+        affine: arrays of f32 [blocks, 1].
         codes: uint8 [blocks, L].
         error: f32 [blocks, 1], the weighted squared error.
     """
 
-    scales: FloatArray
-    zeros: FloatArray
+    affine: Affine
     codes: CodeArray
     error: FloatArray
 
     def take(self, other: Fit) -> None:
         """Replace the blocks in which `other` is better."""
         better = other.error < self.error
-        for name in ("scales", "zeros", "codes", "error"):
-            setattr(self, name, np.where(better, getattr(other, name), getattr(self, name)))
+        self.affine = other.affine.where(better, self.affine)
+        self.codes, self.error = np.where(better, other.codes, self.codes), np.where(better, other.error, self.error)
+
+    def parts(self, size: int) -> Iterator[tuple[slice, Fit]]:
+        """The blocks `size` at a time, and where they are."""
+        for start in range(0, len(self.codes), size):
+            part = slice(start, start + size)
+            yield part, Fit(self.affine.each(itemgetter(part)), self.codes[part], self.error[part])
 
 
 def importance_of(weight: FloatArray, inputs: InputMoments | None) -> FloatArray:
@@ -101,88 +159,109 @@ def importance_of(weight: FloatArray, inputs: InputMoments | None) -> FloatArray
 
 def start_fit(first: QTensor) -> Fit:
     """The blocks of a tensor; their errors are not known yet."""
-    scales = first.scales.reshape(-1, 1)
-    zeros = np.zeros_like(scales)
-    if first.zero_points is not None:
-        zeros = first.format.grid.astype(np.float32)[first.zero_points.reshape(-1, 1)]
-    return Fit(scales, zeros, to_blocks(first.codes, first.scheme), np.full_like(scales, np.inf))
+    affine = Affine.of(first).each(lambda array: array.reshape(-1, 1))
+    return Fit(affine, to_blocks(first.codes, first.scheme), np.full_like(affine.scales, np.inf))
 
 
 def fit_all(weight: FloatArray, importance: FloatArray, first: QTensor) -> QTensor:
     """The best fit of every block, starting from `first`; both arrays f32 [N, T, C]."""
-    blocks, weights = to_blocks(weight, first.scheme), to_blocks(importance, first.scheme)
-    begin, grid = start_fit(first), first.format.grid.astype(np.float32)
-    size = max(1, CHUNK // blocks.shape[1])
-    fits = []
-    for start in range(0, len(blocks), size):
-        part = slice(start, start + size)
-        scales, zeros, codes = begin.scales[part], begin.zeros[part], begin.codes[part]
-        error = squared_error(blocks[part], weights[part], scales * (grid[codes] - zeros))
-        known = Fit(scales, zeros, codes, error)
+    blocks, weights = to_blocks(weight, first.scheme, "edge"), to_blocks(importance, first.scheme)
+    grid, fits = first.format.grid.astype(np.float32), []
+    for part, known in start_fit(first).parts(max(1, CHUNK // blocks.shape[1])):
+        known.error = squared_error(blocks[part], weights[part], known.affine.values(grid[known.codes]))
         fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known))
-    return rebuilt(
-        first,
-        from_blocks(np.concatenate([fit.codes for fit in fits]), first.shape, first.scheme),
-        np.concatenate([fit.scales for fit in fits]),
-        np.concatenate([fit.zeros for fit in fits]),
-    )
+    return joined(first, fits)
 
 
-def rebuilt(first: QTensor, codes: CodeArray, scales: FloatArray, zeros: FloatArray) -> QTensor:
-    """`first` with other codes [N, T, C], scales and zero levels (as many as `first` has, any shape)."""
-    points = first.zero_points
+def joined(first: QTensor, fits: list[Fit]) -> QTensor:
+    """`first` with the fits of all its blocks in order."""
+    codes = from_blocks(np.concatenate([fit.codes for fit in fits]), first.shape, first.scheme)
+    scales, zeros = (np.concatenate(arrays) for arrays in zip(*(fit.affine[:2] for fit in fits), strict=True))
+    offsets = [fit.affine.offsets for fit in fits if fit.affine.offsets is not None]
+    return rebuilt(first, codes, Affine(scales, zeros, np.concatenate(offsets) if offsets else None))
+
+
+def rebuilt(first: QTensor, codes: CodeArray, affine: Affine) -> QTensor:
+    """`first` with other codes [N, T, C], scales and zero levels or offsets (as many as `first` has, any shape)."""
+    shape, points = first.scales.shape, first.zero_points
     if points is not None:
-        points = np.searchsorted(first.format.grid, zeros.reshape(points.shape)).astype(np.uint8)
-    return replace(first, codes=codes, scales=scales.reshape(first.scales.shape), zero_points=points)
+        points = np.searchsorted(first.format.grid, affine.zeros.reshape(shape)).astype(np.uint8)
+    offsets = None if affine.offsets is None else affine.offsets.reshape(shape)
+    return replace(first, codes=codes, scales=affine.scales.reshape(shape), zero_points=points, offsets=offsets)
 
 
 def fit_blocks(
     weight: FloatArray, importance: FloatArray, data_type: Format, scheme: QuantScheme, start: Fit | None = None
 ) -> Fit:
-    """Least sum over a block of importance * (w - value)^2, over scales and zero points.
+    """Least sum over a block of importance * (w - value)^2, over scales and zero points or offsets.
 
     Args:
-        weight: f32 [blocks, L].
-        importance: f32 [blocks, L] or [1, L], at least 0.
+        weight: f32 [blocks, L], where a block is shorter its last weight again.
+        importance: f32 [blocks, L] or [1, L], at least 0, 0 where a block has ended.
         data_type: the grid.
         scheme: how scales are stored.
         start: a fit to improve on.
     """
-    low, high = np.minimum(weight.min(1, keepdims=True), 0), np.maximum(weight.max(1, keepdims=True), 0)
-    every = [trial for factor in FACTORS for trial in trials(factor * low, factor * high, data_type, scheme)]
-    best = start or nearest(weight, importance, *every[0], data_type)
+    every = [trial for factor in FACTORS for trial in trials(*extent(weight, scheme, factor), data_type, scheme)]
+    best = start or nearest(weight, importance, every[0], data_type)
     found = np.zeros(best.error.shape, np.bool_)
-    for scales, zeros in every:
-        error = nearest_error(weight, importance, scales, zeros, data_type)
+    for affine in every:
+        error = nearest_error(weight, importance, affine, data_type)
         better = error < best.error
-        best.scales, best.zeros = np.where(better, scales, best.scales), np.where(better, zeros, best.zeros)
-        best.error = np.where(better, error, best.error)
+        best.affine, best.error = affine.where(better, best.affine), np.where(better, error, best.error)
         found |= better
-    best.codes = np.where(found, encode(weight, best.scales, best.zeros, data_type), best.codes)
+    best.codes = np.where(found, encode(weight, best.affine, data_type), best.codes)
     for _ in range(REFINEMENTS):
-        levels = data_type.grid.astype(np.float32)[best.codes] - best.zeros
-        scales = least_squares(weight, importance, levels, best.scales, scheme)
-        best.take(nearest(weight, importance, scales, best.zeros, data_type))
-        if data_type.asymmetric:
+        levels = data_type.grid.astype(np.float32)[best.codes]
+        best.take(nearest(weight, importance, refined(weight, importance, levels, best.affine, scheme), data_type))
+        if scheme.zero_point:
             for step in (np.float32(-1), np.float32(1)):
-                zeros = np.clip(best.zeros + step, data_type.levels[0], data_type.levels[-1])
-                best.take(nearest(weight, importance, best.scales, zeros, data_type))
+                zeros = np.clip(best.affine.zeros + step, data_type.levels[0], data_type.levels[-1])
+                best.take(nearest(weight, importance, best.affine._replace(zeros=zeros), data_type))
     return best
 
 
-def trials(
-    low: FloatArray, high: FloatArray, data_type: Format, scheme: QuantScheme
-) -> list[tuple[FloatArray, FloatArray]]:
-    """Scales and zero levels that just cover low <= 0 to high >= 0."""
+def extent(weight: FloatArray, scheme: QuantScheme, share: np.float32) -> tuple[FloatArray, FloatArray]:
+    """A share of the range of blocks f32 [blocks, L]: about their mean with offsets, else about 0, which is in it."""
+    low, high = weight.min(1, keepdims=True), weight.max(1, keepdims=True)
+    if not scheme.offset:
+        return share * np.minimum(low, 0), share * np.maximum(high, 0)
+    middle = weight.mean(1, keepdims=True)
+    # The full range is exact, whatever the mean is rounded to.
+    rest = np.float32(1) - share
+    return share * low + rest * middle, share * high + rest * middle
+
+
+def trials(low: FloatArray, high: FloatArray, data_type: Format, scheme: QuantScheme) -> list[Affine]:
+    """Scales and zero levels that just cover low <= 0 to high >= 0, or with an offset any range."""
     bottom, top = np.float32(data_type.levels[0]), np.float32(data_type.levels[-1])
     if data_type.asymmetric:
         scales = store((high - low) / (top - bottom), scheme)
-        return [(scales, np.clip(np.rint(bottom - low / scales), bottom, top))]
+        if scheme.offset:
+            return [Affine(scales, np.full_like(scales, bottom), round_offsets(low, scheme.scale_type))]
+        return [Affine(scales, np.clip(np.rint(bottom - low / scales), bottom, top))]
     none = np.zeros_like(low)
-    found = [(store(np.maximum(low / bottom, high / top), scheme), none)]
+    found = [Affine(store(np.maximum(low / bottom, high / top), scheme), none)]
     if signed_scales(data_type, scheme):
-        found.append((store(-np.maximum(-high / bottom, -low / top), scheme), none))
+        found.append(Affine(store(-np.maximum(-high / bottom, -low / top), scheme), none))
     return found
+
+
+def refined(
+    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme
+) -> Affine:
+    """The scales that fit given levels best, together with the offsets where there are some (a line of regression).
+
+    The stored offset is the best one for the stored scale. A scale stays where it would turn its sign.
+    """
+    if affine.offsets is None:
+        scales = least_squares(weight, importance, levels - affine.zeros, affine.scales, scheme)
+        return affine._replace(scales=scales)
+    total = np.maximum(importance.sum(1, keepdims=True), np.finfo(np.float32).tiny)
+    heights = levels - affine.zeros
+    middle, mean = ((importance * array).sum(1, keepdims=True) / total for array in (heights, weight))
+    scales = least_squares(weight - mean, importance, heights - middle, affine.scales, scheme)
+    return affine._replace(scales=scales, offsets=round_offsets(mean - scales * middle, scheme.scale_type))
 
 
 def least_squares(
@@ -196,36 +275,32 @@ def least_squares(
     return store(np.where(usable, product / np.where(usable, square, 1), scales).astype(np.float32), scheme)
 
 
-def nearest(
-    weight: FloatArray, importance: FloatArray, scales: FloatArray, zeros: FloatArray, data_type: Format
-) -> Fit:
+def nearest(weight: FloatArray, importance: FloatArray, affine: Affine, data_type: Format) -> Fit:
     """Nearest codes for given scales and zero levels, and their error."""
-    codes = encode(weight, scales, zeros, data_type)
-    value = scales * (data_type.grid.astype(np.float32)[codes] - zeros)
-    return Fit(scales, zeros, codes, squared_error(weight, importance, value))
+    codes = encode(weight, affine, data_type)
+    value = affine.values(data_type.grid.astype(np.float32)[codes])
+    return Fit(affine, codes, squared_error(weight, importance, value))
 
 
-def nearest_error(
-    weight: FloatArray, importance: FloatArray, scales: FloatArray, zeros: FloatArray, data_type: Format
-) -> FloatArray:
+def nearest_error(weight: FloatArray, importance: FloatArray, affine: Affine, data_type: Format) -> FloatArray:
     """The error of `nearest`, to the same bits, without its codes where levels are uniform."""
     if not data_type.uniform:
-        return nearest(weight, importance, scales, zeros, data_type).error
-    value = np.asarray(weight / np.where(scales == 0, np.float32(1), scales), np.float32)
-    value += zeros
+        return nearest(weight, importance, affine, data_type).error
+    value = affine.ratio(weight)
     np.clip(np.rint(value, out=value), np.float32(data_type.levels[0]), np.float32(data_type.levels[-1]), out=value)
-    value -= zeros
-    value *= scales
+    value -= affine.zeros
+    value *= affine.scales
+    if affine.offsets is not None:
+        value += affine.offsets
     np.subtract(weight, value, out=value)
     weighted = importance * value
     weighted *= value
     return np.asarray(weighted.sum(-1, keepdims=True), np.float32)
 
 
-def encode(weight: FloatArray, scales: FloatArray, zeros: FloatArray, data_type: Format) -> CodeArray:
+def encode(weight: FloatArray, affine: Affine, data_type: Format) -> CodeArray:
     """Nearest codes of weights for scales and zero levels that broadcast to them."""
-    ratio = weight / np.where(scales == 0, np.float32(1), scales) + zeros
-    return data_type.encode(np.asarray(ratio, np.float32))
+    return data_type.encode(affine.ratio(weight))
 
 
 def squared_error(weight: FloatArray, importance: FloatArray, value: FloatArray) -> FloatArray:

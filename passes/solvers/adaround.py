@@ -2,7 +2,8 @@
 
 AdaRound (Nagel et al., arXiv 2004.10568): with v in the grid cell between the levels below and above a weight,
 
-    value = scale * (below + h(v) (above - below) - zero),  h(v) = clip(sigmoid(v) (zeta - gamma) + gamma, 0, 1)  (23)
+    value = scale * (below + h(v) (above - below) - zero) + offset
+    h(v) = clip(sigmoid(v) (zeta - gamma) + gamma, 0, 1)                                                         (23)
     minimise  tr((W - value) H (W - value)^T) + lambda sum (1 - |2 h(v) - 1|^beta)                         (21), (24)
 
 H = E[x x^T] of the layer's inputs, so that no data are needed beside it; beta falls from 20 to 2 and drives h to 0 or
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kbitc.passes.solvers import mse_clip, rtn
+from kbitc.passes.solvers._blocks import Affine
 from kbitc.passes.solvers.gptq import better_rows
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scheme import QuantScheme
@@ -48,11 +50,8 @@ def solve(
         return start
     groups, shape = inputs.groups, start.shape
     grid = start.format.grid.astype(np.float32)
-    scales = np.broadcast_to(spread(start.scales, shape, scheme), shape)
-    zeros = np.zeros((1, 1, 1), np.float32)
-    if start.zero_points is not None:
-        zeros = grid[spread(start.zero_points, shape, scheme)]
-    ratio = weight / np.where(scales == 0, np.float32(1), scales) + zeros
+    affine = Affine.of(start).each(lambda array: np.broadcast_to(spread(array, shape, scheme), shape))
+    ratio = affine.ratio(weight)
     below = np.clip(np.searchsorted(grid, ratio, side="right") - 1, 0, len(grid) - 2).astype(np.uint8)
     low, gap = grid[below], grid[below + 1] - grid[below]
     share = np.clip((ratio - low) / np.where(gap > 0, gap, 1), 0, 1)
@@ -61,8 +60,8 @@ def solve(
         return np.asarray(array.reshape(groups, shape[0] // groups, -1), np.float32)
 
     up = _learn(
-        grouped(weight - scales * (low - zeros)),
-        grouped(scales * gap),
+        grouped(weight - affine.values(low)),
+        grouped(affine.scales * gap),
         grouped(share),
         inputs.shrunk().second,
         iterations,

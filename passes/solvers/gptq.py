@@ -6,31 +6,38 @@ form used here (LDLQ; Chee et al., arXiv 2307.13304, theorem 6): with H + dampin
 
     q_k = nearest(w_k + sum_{i<k} (w_i - q_i) U_ik)        error = sum_k D_k (target_k - q_k)^2
 
-needs no inverse. Scales are chosen anew for every block when its first column comes, on the corrected weights, weighted
-with D_k. Order (`act_order`): blocks with the most input energy first, within a block too; a block stays together.
+needs no inverse. Scales (and zero points or offsets) are chosen anew for every block when its first column comes, on
+the corrected weights, weighted with D_k. Order (`act_order`): blocks with the most input energy first, within a block
+too; a block stays together.
 
 H is shrunk towards its diagonal where there are few rows (`InputMoments.shrunk`).
 
 `sweeps` rounds of coordinate descent follow (QuantEase, Behdin et al., arXiv 2309.01885, equation 9): alternately the
-least-squares scale of each block and the best code of each column, everything else fixed; neither can raise the error.
-At the end each output channel keeps round to nearest where that is still better.
+least-squares scale (and offset) of each block and the best code of each column, everything else fixed; neither can
+raise the error. At the end each output channel keeps round to nearest where that is still better.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from kbitc.passes.solvers import mse_clip, rtn
-from kbitc.passes.solvers._blocks import encode, fit_blocks, nearest, rebuilt, searchable, store
+from kbitc.passes.solvers._blocks import Affine, encode, fit_blocks, nearest, rebuilt, searchable, store
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
+from kbitc.quant.scales import round_offsets
 from kbitc.quant.scheme import Granularity, QuantScheme
 from kbitc.quant.tensor import QTensor, blocks_of, spread
 
 FloatArray = npt.NDArray[np.float32]
+D = TypeVar("D", bound=np.generic)
+#: What can be stored in place of a wanted number, or of the old one.
+Storable = Callable[[FloatArray, FloatArray], FloatArray]
 #: Share of the mean of H's diagonal that is added to it (GPTQ, section 3.3, step 3).
 DAMPING = 0.01
 #: Rounds of coordinate descent.
@@ -75,11 +82,8 @@ def better_rows(weight: FloatArray, inputs: InputMoments, plain: QTensor, found:
     if found.scheme.granularity is Granularity.TENSOR:
         return plain if old.sum() < new.sum() else found
     worse = (old < new)[:, None, None]
-    zeros = found.zero_points
-    if zeros is not None and plain.zero_points is not None:
-        zeros = np.where(worse, plain.zero_points, zeros)
-    codes, scales = np.where(worse, plain.codes, found.codes), np.where(worse, plain.scales, found.scales)
-    return replace(found, codes=codes, scales=scales, zero_points=zeros)
+    codes = np.where(worse, plain.codes, found.codes)
+    return rebuilt(found, codes, Affine.of(plain).where(worse, Affine.of(found)))
 
 
 @dataclass
@@ -90,7 +94,7 @@ class Columns:
         weight: f32 [G, K, n], n = N / G output channels of each of G groups.
         error: f32 [G, K, n], weight minus value so far.
         codes: uint8 [G, K, n].
-        scales, zeros: f32 [G, B, n] of the B blocks of a row; zeros are levels.
+        affine: arrays of f32 [G, B, n] of the B blocks of a row.
         second: f32 [G, K, K].
         block: int [K], the block of each column.
         order: int [K], where each column was.
@@ -100,8 +104,7 @@ class Columns:
     weight: FloatArray
     error: FloatArray
     codes: npt.NDArray[np.uint8]
-    scales: FloatArray
-    zeros: FloatArray
+    affine: Affine
     second: FloatArray
     block: npt.NDArray[np.int64]
     order: npt.NDArray[np.int64]
@@ -117,31 +120,27 @@ class Columns:
         energy = inputs.power.mean(axis=0, dtype=np.float64)
         order = by_energy(energy, block) if act_order else np.arange(len(block))
 
-        def turned(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-            """[N, ...] -> [G, the rest, n]."""
-            return np.array(array.reshape(groups, shape[0] // groups, -1).transpose(0, 2, 1), order="C")
+        def turned(array: npt.NDArray[D]) -> npt.NDArray[D]:
+            """[N, ...] or [1, ...] -> [G, the rest, n]."""
+            wide = np.broadcast_to(array, (shape[0], *array.shape[1:]))
+            return np.array(wide.reshape(groups, shape[0] // groups, -1).transpose(0, 2, 1), order="C")
 
-        grid = first.format.grid.astype(np.float32)
-        scales = np.broadcast_to(first.scales, (shape[0], *first.scales.shape[1:]))
-        zeros = np.zeros_like(scales)
-        if first.zero_points is not None:
-            zeros = np.broadcast_to(grid[first.zero_points], scales.shape)
         columns = np.asarray(turned(weight)[:, order], np.float32)
         error = np.asarray(turned(weight - first.dequantize())[:, order], np.float32)
         second = np.ascontiguousarray(inputs.second[:, order][:, :, order])
         return cls(
-            columns, error, np.asarray(turned(first.codes)[:, order], np.uint8), np.asarray(turned(scales), np.float32),
-            np.asarray(turned(zeros), np.float32), second, block[order], order, shape, first.format, scheme,
+            columns, error, np.asarray(turned(first.codes)[:, order], np.uint8), Affine.of(first).each(turned), second,
+            block[order], order, shape, first.format, scheme,
         )  # fmt: skip
 
     def tensor(self, first: QTensor) -> QTensor:
         """The result in the layout of `first`."""
         back = np.argsort(self.order)
         codes = self.codes[:, back].transpose(0, 2, 1).reshape(self.shape)
-        scales, zeros = (array.transpose(0, 2, 1).reshape(self.shape[0], -1) for array in (self.scales, self.zeros))
+        affine = self.affine.each(lambda array: array.transpose(0, 2, 1).reshape(self.shape[0], -1))
         if self.scheme.granularity is Granularity.TENSOR:
-            scales, zeros = scales[:1], zeros[:1]
-        return rebuilt(first, np.ascontiguousarray(codes), scales, zeros)
+            affine = affine.each(lambda array: array[:1])
+        return rebuilt(first, np.ascontiguousarray(codes), affine)
 
     def round_in_order(self, damping: float) -> None:
         """The GPTQ pass over all columns."""
@@ -173,20 +172,26 @@ class Columns:
         groups, _, rows = self.weight.shape
         weight = np.ascontiguousarray(target[:, : stop - k].transpose(0, 2, 1)).reshape(groups * rows, stop - k)
         importance = np.repeat(pivots[:, k:stop], rows, axis=0)
-        scales, zeros = self.scales[:, block].reshape(-1, 1), self.zeros[:, block].reshape(-1, 1)
-        known = nearest(weight, importance, scales, zeros, self.data_type)
+        known = nearest(weight, importance, self._of(block).each(lambda array: array.reshape(-1, 1)), self.data_type)
         best = fit_blocks(weight, importance, self.data_type, self.scheme, known)
-        self.scales[:, block] = best.scales.reshape(groups, rows)
-        self.zeros[:, block] = best.zeros.reshape(groups, rows)
+        self._put(block, best.affine.each(lambda array: array.reshape(groups, rows)))
+
+    def _of(self, block: np.int64) -> Affine:
+        """Arrays [G, n] of one block."""
+        return self.affine.each(lambda array: array[:, block])
+
+    def _put(self, block: np.int64, affine: Affine) -> None:
+        for held, array in zip(self.affine, affine, strict=True):
+            if held is not None:
+                held[:, block] = array
 
     def _round(self, k: int, target: FloatArray) -> FloatArray:
         """Give column k the codes nearest to `target` f32 [G, n]; returns by how much its error changed."""
-        scales, zeros = self.scales[:, self.block[k]], self.zeros[:, self.block[k]]
-        codes = encode(target, scales, zeros, self.data_type)
-        levels = self.data_type.grid.astype(np.float32)[codes] - zeros
+        affine = self._of(self.block[k])
+        codes = encode(target, affine, self.data_type)
         before = self.error[:, k].copy()
         self.codes[:, k] = codes
-        self.error[:, k] = self.weight[:, k] - scales * levels
+        self.error[:, k] = self.weight[:, k] - affine.values(self.data_type.grid.astype(np.float32)[codes])
         return np.asarray(self.error[:, k] - before, np.float32)
 
     def descend(self) -> None:
@@ -202,26 +207,40 @@ class Columns:
                 pull[:, k + 1 - start :] += self.second[:, k, k + 1 : stop, None] * change[:, None]
 
     def refit_scales(self) -> None:
-        """The least-squares scale of every block, one after the other, codes and other blocks fixed.
-
-        The error as a function of one scale s is a parabola: with levels q of the block and e the errors of the row,
-        it changes by d^2 q H q - 2 d q H e for s + d; d is taken where the stored scale still lowers it.
-        """
+        """The least-squares scale, then offset, of every block, one after the other, codes and other blocks fixed."""
         if self.scheme.granularity is Granularity.TENSOR or not searchable(self.scheme):
             return
         grid = self.data_type.grid.astype(np.float32)
         for block in np.unique(self.block):
-            inside = np.flatnonzero(self.block == block)
-            scales = self.scales[:, block]
-            levels = grid[self.codes[:, inside]] - self.zeros[:, block, None]
-            slope = (levels * (self.second[:, inside] @ self.error)).sum(axis=1)
-            curve = (levels * (self.second[:, inside][:, :, inside] @ levels)).sum(axis=1)
-            wanted = scales + slope / np.where(curve > 0, curve, 1)
-            wanted = store(np.asarray(np.where(wanted * scales > 0, wanted, scales), np.float32), self.scheme)
-            step = wanted - scales
-            step = np.where(step * (step * curve - 2 * slope) < 0, step, np.float32(0))
-            self.error[:, inside] -= step[:, None] * levels
-            self.scales[:, block] = np.where(step != 0, wanted, scales)
+            inside, affine = np.flatnonzero(self.block == block), self._of(block)
+            levels = grid[self.codes[:, inside]] - affine.zeros[:, None]
+            scales = self._step(inside, levels, affine.scales, self._storable_scales)
+            offsets = affine.offsets
+            if offsets is not None:
+                offsets = self._step(inside, np.ones_like(levels), offsets, self._storable_offsets)
+            self._put(block, affine._replace(scales=scales, offsets=offsets))
+
+    def _step(
+        self, inside: npt.NDArray[np.int64], factors: FloatArray, old: FloatArray, storable: Storable
+    ) -> FloatArray:
+        """The best number s in place of `old` f32 [G, n], by which the values of some columns grow as factors * s.
+
+        The error as a function of s is a parabola: with factors q [G, columns, n] and e the errors of the row, it
+        changes by d^2 q H q - 2 d q H e for s + d; d is taken where the stored number still lowers it.
+        """
+        slope = (factors * (self.second[:, inside] @ self.error)).sum(axis=1)
+        curve = (factors * (self.second[:, inside][:, :, inside] @ factors)).sum(axis=1)
+        wanted = storable(np.asarray(old + slope / np.where(curve > 0, curve, 1), np.float32), old)
+        step = wanted - old
+        step = np.where(step * (step * curve - 2 * slope) < 0, step, np.float32(0))
+        self.error[:, inside] -= step[:, None] * factors
+        return np.where(step != 0, wanted, old)
+
+    def _storable_scales(self, wanted: FloatArray, old: FloatArray) -> FloatArray:
+        return store(np.asarray(np.where(wanted * old > 0, wanted, old), np.float32), self.scheme)
+
+    def _storable_offsets(self, wanted: FloatArray, old: FloatArray) -> FloatArray:
+        return round_offsets(wanted, self.scheme.scale_type)
 
 
 def column_blocks(shape: tuple[int, int, int], scheme: QuantScheme) -> npt.NDArray[np.int64]:

@@ -6,8 +6,9 @@ Quantization of Large Machine Learning Models", Mobius Labs 2023). With an outli
     e <- shrink(w - value) = sign(r) max(|r| - |r|^(p-1) / beta, 0),  r = w - value       (their equation for W_e)
     scale, zero point <- least squares for w - e;  codes <- nearest;  beta <- kappa beta
 
-They fit the zero point alone, as a real number. Here it is a code, so the scale is fitted too, and it is all there is
-to fit where the data type is symmetric. Each block keeps the best it has seen, round to nearest included.
+They fit the zero point z alone, as a real number: that is a scheme with offsets, offset = -scale * z. Where it is a
+code it moves in whole steps; so the scale is fitted too, and it is all there is to fit where the data type is
+symmetric. Each block keeps the best it has seen, round to nearest included.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy.typing as npt
 from kbitc.passes.solvers import rtn
 from kbitc.passes.solvers._blocks import (
     CHUNK,
+    Affine,
     Fit,
     encode,
-    from_blocks,
+    extent,
+    joined,
     least_squares,
-    rebuilt,
     searchable,
     start_fit,
     to_blocks,
@@ -30,6 +32,7 @@ from kbitc.passes.solvers._blocks import (
 )
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
+from kbitc.quant.scales import round_offsets
 from kbitc.quant.scheme import QuantScheme
 from kbitc.quant.tensor import QTensor
 
@@ -51,20 +54,9 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
     first = rtn.solve(weight, scheme, inputs)
     if not searchable(scheme):
         return first
-    blocks, begin = to_blocks(weight, scheme), start_fit(first)
-    there = to_blocks(np.ones_like(weight), scheme)
-    size = max(1, CHUNK // blocks.shape[1])
-    fits = []
-    for start in range(0, len(blocks), size):
-        part = slice(start, start + size)
-        known = Fit(begin.scales[part], begin.zeros[part], begin.codes[part], begin.error[part])
-        fits.append(_fit(blocks[part], there[part], known, first.format, scheme))
-    return rebuilt(
-        first,
-        from_blocks(np.concatenate([fit.codes for fit in fits]), first.shape, scheme),
-        np.concatenate([fit.scales for fit in fits]),
-        np.concatenate([fit.zeros for fit in fits]),
-    )
+    blocks, there = to_blocks(weight, scheme, "edge"), to_blocks(np.ones_like(weight), scheme)
+    parts = start_fit(first).parts(max(1, CHUNK // blocks.shape[1]))
+    return joined(first, [_fit(blocks[part], there[part], known, first.format, scheme) for part, known in parts])
 
 
 def norm(rest: FloatArray) -> FloatArray:
@@ -83,34 +75,39 @@ def _fit(weight: FloatArray, there: FloatArray, known: Fit, data_type: Format, s
     """The best of some rounds from some starts; weight f32 [blocks, L], there: 1, or 0 where a block has ended."""
     grid = data_type.grid.astype(np.float32)
     best = known
-    best.error = norm(there * (weight - best.scales * (grid[best.codes] - best.zeros)))
-    low, high = np.minimum(weight.min(1, keepdims=True), 0), np.maximum(weight.max(1, keepdims=True), 0)
+    best.error = norm(there * (weight - best.affine.values(grid[best.codes])))
     # The splitting is stated for weights whose rest is about 1: a unit of each block makes it so.
     unit = np.maximum(np.abs(weight).max(1, keepdims=True), np.finfo(np.float32).tiny)
     for share in STARTS:
-        for scales, zeros in trials(share * low, share * high, data_type, scheme):
+        for affine in trials(*extent(weight, scheme, share), data_type, scheme):
             beta = BETA
             for _ in range(ROUNDS):
-                codes = encode(weight, scales, zeros, data_type)
-                rest = there * (weight - scales * (grid[codes] - zeros))
-                best.take(Fit(scales, zeros, codes, norm(rest)))
+                codes = encode(weight, affine, data_type)
+                rest = there * (weight - affine.values(grid[codes]))
+                best.take(Fit(affine, codes, norm(rest)))
                 target = weight - unit * shrink(rest / unit, beta)
-                zeros = _zero(target, there, scales, grid[codes], zeros, data_type)
-                scales = least_squares(target, there, grid[codes] - zeros, scales, scheme)
+                affine = _moved(target, there, grid[codes], affine, data_type, scheme)
+                scales = least_squares(affine.above(target), there, grid[codes] - affine.zeros, affine.scales, scheme)
+                affine = affine._replace(scales=scales)
                 beta *= KAPPA
     return best
 
 
-def _zero(
+def _moved(
     target: FloatArray,
     there: FloatArray,
-    scales: FloatArray,
     levels: FloatArray,
-    zeros: FloatArray,
+    affine: Affine,
     data_type: Format,
-) -> FloatArray:
-    """The level nearest to mean(level - target / scale): their equation for z, rounded to a code."""
+    scheme: QuantScheme,
+) -> Affine:
+    """Their equation for z, mean(level - target / scale): as an offset, or as the nearest level."""
     if not data_type.asymmetric:
-        return zeros
-    mean = (there * (levels - target / scales)).sum(axis=1, keepdims=True) / there.sum(axis=1, keepdims=True)
-    return np.asarray(np.clip(np.rint(mean), data_type.levels[0], data_type.levels[-1]), np.float32)
+        return affine
+    count = there.sum(axis=1, keepdims=True)
+    if scheme.offset:
+        mean = (there * (target - affine.scales * (levels - affine.zeros))).sum(axis=1, keepdims=True) / count
+        return affine._replace(offsets=round_offsets(mean, scheme.scale_type))
+    mean = (there * (levels - target / affine.scales)).sum(axis=1, keepdims=True) / count
+    zeros = np.asarray(np.clip(np.rint(mean), data_type.levels[0], data_type.levels[-1]), np.float32)
+    return affine._replace(zeros=zeros)

@@ -4,6 +4,7 @@ Per block with weights w and levels g_0 < ... < g_max (Jacob et al., arXiv 1712.
 
     symmetric:   scale = max(min(w) / g_0, max(w) / g_max)
     asymmetric:  scale = (max(w, 0) - min(w, 0)) / (2^k - 1),  zero point = round(-min(w, 0) / scale)
+    offset:      scale = (max(w) - min(w)) / (2^k - 1),  offset = min(w)  (Q4_1 of ggml)
     one bit:     scale = mean |w|  (least squares for a sign; XNOR-Net, arXiv 1603.05279, equation 6)
     learned:     scale = max |w| / 127, then the levels are fitted to w / scale
 
@@ -21,9 +22,9 @@ from kbitc.passes.solvers._blocks import importance_of
 from kbitc.quant.format import Format
 from kbitc.quant.learn import data_type_of
 from kbitc.quant.moments import InputMoments
-from kbitc.quant.scales import spread_steps, store_scales
+from kbitc.quant.scales import round_offsets, spread_steps, store_scales
 from kbitc.quant.scheme import QuantScheme, ScaleCode
-from kbitc.quant.tensor import QTensor, block_range, block_sum, shape3, spread
+from kbitc.quant.tensor import QTensor, block_extent, block_range, block_sum, shape3, spread
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -45,7 +46,7 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
 
 def solve_with(weight: FloatArray, scheme: QuantScheme, data_type: Format) -> QTensor:
     """The same with a data type of the scheme whose levels are already fitted (`kbitc.quant.learn`)."""
-    low, high = block_range(weight, scheme)
+    low, high = block_extent(weight, scheme) if scheme.offset else block_range(weight, scheme)
     if data_type.asymmetric:
         wanted = (high - low) / np.float32(2**scheme.bits - 1)
     elif scheme.bits == 1:
@@ -63,7 +64,7 @@ def solve_with(weight: FloatArray, scheme: QuantScheme, data_type: Format) -> QT
 def encode(
     weight: FloatArray, scales: FloatArray, steps: FloatArray | None, data_type: Format, scheme: QuantScheme
 ) -> QTensor:
-    """Zero points and nearest codes for given scales.
+    """Zero points or offsets, and nearest codes for given scales.
 
     Args:
         weight: f32 [N, T, C].
@@ -71,13 +72,19 @@ def encode(
         data_type: the levels.
         scheme: what the weight becomes.
     """
+    zero_points = offsets = None
+    if scheme.offset:
+        offsets = round_offsets(block_extent(weight, scheme)[0], scheme.scale_type)
+        weight = weight - spread(offsets, shape3(weight), scheme)
     ratio = weight / spread(np.where(scales > 0, scales, np.float32(1)), shape3(weight), scheme)
-    zero_points = None
-    if data_type.asymmetric:
+    if scheme.offset:
+        ratio = ratio + np.float32(data_type.levels[0])
+    elif data_type.asymmetric:
         low, _ = block_range(weight, scheme)
         zero_points = np.clip(np.rint(-low / scales), 0, 2**scheme.bits - 1).astype(np.uint8)
         ratio = ratio + data_type.grid.astype(np.float32)[spread(zero_points, shape3(weight), scheme)]
-    return QTensor(data_type.encode(np.asarray(ratio, np.float32)), scales, zero_points, data_type, scheme, steps)
+    codes = data_type.encode(np.asarray(ratio, np.float32))
+    return QTensor(codes, scales, zero_points, data_type, scheme, steps, offsets)
 
 
 def best_scale_codes(weight: FloatArray, start: QTensor) -> QTensor:

@@ -35,7 +35,10 @@ MOST_LISTED = 12
 FOLD_OPSET = 21
 DEBUG_TYPES = (ir.DataType.UINT8, ir.DataType.INT32)
 # Emitted only for readers that are no kernel rules.
-WAITING = {("", "DequantizeLinear"), *((FUNCTION_DOMAIN, name) for name in ("DynamicQuantize", "DequantizeKBit"))}
+WAITING = {
+    ("", "DequantizeLinear"),
+    *((FUNCTION_DOMAIN, name) for name in ("DynamicQuantize", "DequantizeKBit", "DequantizeKBitOffset")),
+}
 
 
 @dataclass(frozen=True)

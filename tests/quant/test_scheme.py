@@ -23,6 +23,7 @@ from kbitc.quant.scheme import FORMATS, Granularity, QuantScheme, ScaleType
             "kmeans4:t",
         ),
         *("int4:b32/i4", "uint4:b64/i4:zp:f32", "fp4-e2m1:b32/i4", "int4:b64:dq8", "nf4:b64:dq8:f32", "uint3:c:zp:dq8"),
+        *("uint4:b32:min", "uint3:c:min", "uint8:b1024:min:f32", "uint1:t:min"),
     ],
 )
 def test_the_normal_form_is_read_back(text: str) -> None:
@@ -33,19 +34,21 @@ def test_defaults_are_block_32_and_f16_scales() -> None:
     assert QuantScheme.parse("int3") == QuantScheme("int", 3, Granularity.BLOCK, 32, False, ScaleType.F16)
 
 
-def test_uint_always_has_a_zero_point() -> None:
+def test_uint_has_a_zero_point_unless_it_has_an_offset() -> None:
     assert str(QuantScheme.parse("uint2:b16")) == "uint2:b16:zp"
+    assert str(QuantScheme.parse("uint2:min:b16")) == "uint2:b16:min"
+    assert QuantScheme.parse("uint2:b16:min").offset and not QuantScheme.parse("uint2:b16:min").zero_point
 
 
 @pytest.mark.parametrize("name", catalog.names(FORMATS))
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_scheme_of_every_data_type_is_read_back(name: str, bits: int) -> None:
     """Or the family refuses the width, naming it."""
-    for rest in ("b16", "b1024", "c", "t", "b32/i4", "b64:dq8", "b64:f32"):
+    for rest in ("b16", "b1024", "c", "t", "b32/i4", "b64:dq8", "b64:f32", "b32:min"):
         try:
             scheme = QuantScheme.parse(f"{name}-{bits}:{rest}")
         except UsageError as error:
-            assert str(bits) in str(error)
+            assert str(bits) in str(error) or "has no offset" in str(error)
             continue
         assert QuantScheme.parse(str(scheme)) == scheme
         assert str(QuantScheme.parse(str(scheme))) == str(scheme)
@@ -69,6 +72,7 @@ def test_integer_block_scales_leave_products_in_int8(text: str, largest: int) ->
 def test_one_scale_a_channel_has_no_integer_block_scales() -> None:
     assert str(QuantScheme.parse("int4:b32/i4").per_channel()) == "int4:c"
     assert str(QuantScheme.parse("nf4:b32:dq8:f32").per_channel()) == "nf4:c:dq8:f32"
+    assert str(QuantScheme.parse("uint4:b32:min").per_channel()) == "uint4:c:min"
 
 
 @pytest.mark.parametrize(
@@ -81,6 +85,7 @@ def test_one_scale_a_channel_has_no_integer_block_scales() -> None:
         ("int4:b32/i4", 3, "int3:b32/i4"),
         ("int4:b32/i4", 8, "int8:b32"),
         ("nf4:b64:dq8", 7, "nf7:b64:dq8"),
+        ("uint4:b64:min", 3, "uint3:b64:min"),
     ],
 )
 def test_a_scheme_at_another_width(text: str, bits: int, becomes: str) -> None:
@@ -123,6 +128,12 @@ def test_a_width_that_a_data_type_lacks_is_refused() -> None:
         ("int8:b32/i4", "leave integer block scales of 1 to 0"),
         ("nf4:b32/i4", "leave integer block scales of 1 to 1"),
         ("int4:t:dq8", "not worth quantizing"),
+        ("int4:b32:min", "has no offset.*use uint4"),
+        ("nf4:b32:min", "has no offset"),
+        ("uint4:zp:min", "not both.*drop :zp"),
+        ("uint4:b32/i4:min", "float scales.*drop i4, or use :zp"),
+        ("uint4:b32:min:dq8", "float scales.*drop dq8"),
+        ("uint4:min:min", "twice"),
     ],
 )
 def test_what_is_no_scheme_is_refused(text: str, what: str) -> None:

@@ -157,7 +157,7 @@ def hot_blocks(assembly: str, instruction: str) -> list[str]:
 
 
 def random_weight(scheme: str, shape: tuple[int, int, int], seed: int = 0) -> QTensor:
-    """A weight [N, T, C] of random codes, scales in [0.5, 1.5) and zero points.
+    """A weight [N, T, C] of random codes, scales in [0.5, 1.5), and zero points or offsets in [-4, 4).
 
     Integer block scales are any from 1 to the largest, of steps that are powers of two, with the largest in each row.
     """
@@ -167,8 +167,11 @@ def random_weight(scheme: str, shape: tuple[int, int, int], seed: int = 0) -> QT
     codes = random.integers(0, 2**data_type.bits, shape).astype(np.uint8)
     scales = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float16).astype(np.float32)
     zeros = random.integers(0, 2**data_type.bits, scales.shape).astype(np.uint8) if parsed.zero_point else None
+    offsets = None
+    if parsed.offset:
+        offsets = (random.random(scales.shape) * 8 - 4).astype(np.float16).astype(np.float32)
     if parsed.scale_code is not ScaleCode.INTEGER:
-        return QTensor(codes, scales, zeros, data_type, parsed)
+        return QTensor(codes, scales, zeros, data_type, parsed, offsets=offsets)
     factors = random.integers(1, parsed.largest_scale_code + 1, scales.shape)
     factors[:, :, 0] = parsed.largest_scale_code
     steps = (2.0 ** random.integers(-6, -3, shape[0])).astype(np.float32)

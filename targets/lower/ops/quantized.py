@@ -203,14 +203,17 @@ def unpack_kbit(ctx: Context, node: ir.Node) -> Value:
 
 
 def dequantize_kbit(ctx: Context, node: ir.Node) -> Value:
-    """kbitc::DequantizeKBit of constants: scale * (grid[code] - zero)."""
-    stream, grid, scales, zeros, shape = _constants(ctx, node)
+    """kbitc::DequantizeKBit of constants, scale * (grid[code] - zero), and the one that adds an offset."""
+    stream, grid, scales, zeros, shape, *more = _constants(ctx, node)
     sizes = tuple(int(size) for size in shape)
     codes = unpack_dense(np.asarray(stream, np.uint8), node.attributes.get_int("bits", 8), prod(sizes)).reshape(sizes)
     which = np.arange(sizes[2]) // node.attributes.get_int("block", 1)
     levels = np.asarray(grid, np.float32)[codes]
-    scale, zero = (np.take(np.asarray(array, np.float32), which, axis=2) for array in (scales, zeros))
-    return Constant(np.asarray((levels - zero) * scale, np.float32), "float32", node.outputs[0].name or "")
+    scale, zero, *offset = (np.take(np.asarray(array, np.float32), which, axis=2) for array in (scales, zeros, *more))
+    values = (levels - zero) * scale
+    for array in offset:
+        values = values + array
+    return Constant(np.asarray(values, np.float32), "float32", node.outputs[0].name or "")
 
 
 TABLE: dict[str, Emit] = {
@@ -222,4 +225,5 @@ FUNCTION_TABLE: dict[str, Emit] = {
     functions.DYNAMIC_QUANTIZE: dynamic_quantize,
     functions.UNPACK: unpack_kbit,
     functions.DEQUANTIZE: dequantize_kbit,
+    functions.DEQUANTIZE_OFFSET: dequantize_kbit,
 }

@@ -30,6 +30,8 @@ from tests.support import planned
 
 # Of two float32 sums of the same 40 products in different order: 40 eps relative to the sum of their magnitudes.
 SUM_ORDER = 40 * np.finfo(np.float32).eps
+# -offset / scale and code minus it are rounded; offsets are at most 4 times the mean size of these normal weights.
+ZERO_ROUNDING = 8 * np.finfo(np.float32).eps
 
 
 def _export(form: str, **chosen: Any) -> Export:
@@ -84,6 +86,43 @@ def test_tables_and_coded_scales_become_plain_integers(scheme: str, becomes: str
     wide = widened(tensor)
     assert str(wide.scheme) == becomes
     np.testing.assert_array_equal(wide.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_widened_codes_beside_offsets_are_the_same_weights(bits: int) -> None:
+    weight = np.random.default_rng(bits).normal(size=(5, 3, 40)).astype(np.float32)
+    tensor = rtn.solve(weight, QuantScheme.parse(f"uint{bits}:b16:min"))
+    wide = widened(tensor)
+    assert wide.bits in (2, 4, 8) and wide.bits >= bits
+    np.testing.assert_array_equal(wide.dequantize(), tensor.dequantize())
+
+
+@pytest.mark.parametrize("form", ["qdq", "compressed_tensors"])
+def test_forms_without_offsets_say_what_to_use(form: str) -> None:
+    with pytest.raises(UnsupportedError, match="nothing would be quantized.*no offsets.*use :zp in place of :min"):
+        _export(form, scheme="uint4:c:min")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("block", [16, 32, 256])
+def test_matmulnbits_has_real_zero_points(bits: int, block: int) -> None:
+    export = _export("matmulnbits", scheme=f"uint{bits}:b{block}:min")
+    model = matmulnbits.make(export)
+    products = [node for node in model.graph if node.domain == "com.microsoft"]
+    assert [node.name for node in products] == ["matmul4", "matmul6"]
+    assert all(node.inputs[3].dtype == ir.DataType.FLOAT for node in products)  # type: ignore[union-attr]
+    _assert_equal(export, model, SUM_ORDER + ZERO_ROUNDING)
+    reasons = {entry.op_type: entry.reason for entry in export.plan.entries if entry.scheme is None}
+    assert set(reasons) == {"Conv", "Gather"} and all("no offsets" in reason for reason in reasons.values())
+
+
+def test_matmulnbits_widens_offsets_and_refuses_those_of_eight_bits() -> None:
+    export = _export("matmulnbits", scheme="uint3:b32:min", widen=True)
+    model = matmulnbits.make(export)
+    assert {node.attributes.get_int("bits", 0) for node in model.graph if node.op_type == "MatMulNBits"} == {4}
+    _assert_equal(export, model, SUM_ORDER + ZERO_ROUNDING)
+    with pytest.raises(UnsupportedError, match="nothing would be quantized"):
+        _export("matmulnbits", scheme="uint8:b32:min")
 
 
 def test_the_next_wider_type_is_taken() -> None:

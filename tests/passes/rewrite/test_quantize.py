@@ -25,6 +25,8 @@ from kbitc.targets.target import parse_target
 SCHEMES = [
     *(f"int{bits}:b32" for bits in range(1, 9)),
     *(f"uint{bits}:b16:zp" for bits in range(1, 9)),
+    *(f"uint{bits}:b16:min" for bits in range(1, 9)),
+    *("uint4:c:min", "uint8:t:min", "uint3:b32:min:f32", "uint5:c:min:f32"),
     *("nf4:b64", "nf3:c", "int4:c", "int8:t", "uint8:t:zp", "int5:t", "int4:b32:f32", "uint3:c:zp:f32"),
     *("fp2:b32", "fp3-e1m1:c", "fp4-e2m1:b64", "fp5:t", "fp6-e3m2:b16", "fp7:b32:f32", "fp8-e4m3:b64", "fp8-e5m2:c"),
     *("log2-3:b32", "log2-4-r2:b64", "log2-8:c", "dynexp4:b64", "dynexp8:b32", "quantile3:b32", "quantile4:t"),

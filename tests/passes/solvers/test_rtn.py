@@ -18,7 +18,8 @@ def _schemes() -> list[str]:
     found = []
     for name in catalog.names(FORMATS):
         for bits in range(1, 9):
-            for rest in ("b16:f32", "b32:f32", "c:f32", "t:f32", "b16/i4", "b16/i4:f32", "b32:dq8", "c:dq8:f32"):
+            kinds = ("b16:f32", "b32:f32", "c:f32", "t:f32", "b16/i4", "b16/i4:f32", "b32:dq8", "c:dq8:f32")
+            for rest in (*kinds, "b32:min", "b16:min:f32", "c:min", "t:min:f32"):
                 try:
                     found.append(str(QuantScheme.parse(f"{name}-{bits}:{rest}")))
                 except UsageError:
@@ -38,22 +39,30 @@ def _weight(shape: tuple[int, int, int] = (5, 2, 40)) -> Weight:
 def test_error_is_at_most_half_the_widest_step(text: str) -> None:
     scheme, weight = QuantScheme.parse(text), _weight()
     tensor = solve(weight, scheme)
-    if scheme.bits == 1 and not scheme.zero_point:
+    if scheme.bits == 1 and not scheme.zero_point and not scheme.offset:
         return
     levels, scales = np.array(tensor.format.levels, float), spread(tensor.scales, tensor.shape, scheme)
     # An asymmetric zero point is itself rounded, by at most half a step.
     bound = (1.0 if scheme.zero_point else 0.5) * np.diff(levels).max() * scales
     if tensor.zero_points is not None:
         levels = levels - spread(tensor.zero_points, tensor.shape, scheme)[..., None] - levels[0]
+    offsets = np.zeros(1, np.float32)
+    if tensor.offsets is not None:
+        levels, offsets = levels - levels[0], spread(tensor.offsets, tensor.shape, scheme)
     # A scale that is rounded down, or a learned table that stops short of the largest weight, clips.
-    beyond = np.maximum(weight - scales * levels[..., -1], scales * levels[..., 0] - weight)
+    beyond = np.maximum(weight - scales * levels[..., -1] - offsets, scales * levels[..., 0] + offsets - weight)
     assert (np.abs(tensor.dequantize() - weight) <= np.maximum(bound, beyond) * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("text", SCHEMES)
 def test_what_the_codes_stand_for_has_the_same_codes(text: str) -> None:
     tensor = solve(_weight(), QuantScheme.parse(text))
-    integers = (tensor.dequantize() / spread(tensor.scales, tensor.shape, tensor.scheme)).astype(np.float32)
+    values = tensor.dequantize()
+    if tensor.offsets is not None:
+        values = values - spread(tensor.offsets, tensor.shape, tensor.scheme)
+    integers = (values / spread(tensor.scales, tensor.shape, tensor.scheme)).astype(np.float32)
+    if tensor.offsets is not None:
+        integers += tensor.format.grid[0]
     if tensor.zero_points is not None:
         integers += tensor.format.grid[spread(tensor.zero_points, tensor.shape, tensor.scheme)]
     again = tensor.format.encode(integers)
@@ -117,6 +126,8 @@ def test_bits_per_weight_counts_scales_and_zero_points() -> None:
     assert solve(weight, QuantScheme.parse("int4:b32")).bits_per_weight() == 4.5
     assert solve(weight, QuantScheme.parse("uint3:b32")).bits_per_weight() == 3 + (16 + 3) / 32
     assert solve(weight, QuantScheme.parse("int8:t")).bits_per_weight() == 8 + 16 / 256
+    assert solve(weight, QuantScheme.parse("uint3:b32:min")).bits_per_weight() == 3 + (16 + 16) / 32
+    assert solve(weight, QuantScheme.parse("uint4:c:min:f32")).bits_per_weight() == 4 + (32 + 32) / 64
     assert solve(weight, QuantScheme.parse("int4:b32/i4")).bits_per_weight() == 4 + 4 / 32 + 16 / 64
     assert solve(weight, QuantScheme.parse("int4:b32:dq8")).bits_per_weight() == 4 + 8 / 32 + 32 / 256
     assert solve(weight, QuantScheme.parse("kmeans3:b64")).bits_per_weight() == 3 + 16 / 64 + 8 * 8 / 256
@@ -170,6 +181,39 @@ def test_coded_scales_are_exact_in_their_type_over_a_wide_range() -> None:
         tensor = solve(weight, QuantScheme.parse(text))
         np.testing.assert_array_equal(tensor.scales, tensor.scales.astype(np.float16).astype(np.float32))
         assert (tensor.scale_codes() >= 1).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("channels", [32, 64, 75])
+def test_a_weight_on_a_grid_with_offsets_comes_back_exactly(bits: int, channels: int) -> None:
+    """Blocks of f16 steps and offsets as in Q4_1 of ggml, the lowest and the highest level in each of them."""
+    rng = np.random.default_rng(bits)
+    blocks = -(-channels // 32)
+    step, least = (rng.normal(size=(6, blocks, 1)).astype(np.float16).astype(np.float32) for _ in range(2))
+    codes = rng.integers(0, 2**bits, (6, blocks, 32))
+    codes[:, :, 1], codes[:, :, 7] = 0, 2**bits - 1
+    weight = (codes.astype(np.float32) * np.abs(step) + least).reshape(6, 1, -1)[:, :, :channels]
+    tensor = solve(weight, QuantScheme.parse(f"uint{bits}:b32:min"))
+    # The range is the difference of two rounded sums; f16 forgets that where the offset is not 2^10 times the range.
+    np.testing.assert_array_equal(tensor.codes, codes.reshape(6, 1, -1)[:, :, :channels])
+    np.testing.assert_array_equal(tensor.dequantize(), weight)
+
+
+def test_offsets_are_f16_values_and_the_blocks_smallest_weight() -> None:
+    weight = np.arange(1, 81, dtype=np.float32).reshape(1, 2, 40) / 7
+    tensor = solve(weight, QuantScheme.parse("uint4:b32:min"))
+    assert tensor.offsets is not None and tensor.offsets.shape == tensor.scales.shape == (1, 2, 2)
+    np.testing.assert_array_equal(tensor.offsets, tensor.offsets.astype(np.float16).astype(np.float32))
+    least = weight[0][:, [0, 32]]
+    assert (np.abs(tensor.offsets[0] - least) <= 2.0**-11 * least).all()
+
+
+def test_a_block_of_one_number_is_its_offset() -> None:
+    weight = np.full((2, 1, 40), -3.25, np.float32)
+    weight[1] = 0
+    for text in ("uint4:b16:min", "uint1:c:min", "uint8:t:min:f32"):
+        given = weight if ":t" not in text else weight[:1]
+        np.testing.assert_array_equal(solve(given, QuantScheme.parse(text)).dequantize(), given)
 
 
 def test_one_bit_normal_float_is_refused() -> None:

@@ -16,7 +16,7 @@ from kbitc.quant.tensor import scale_shape
 
 SOLVERS = catalog.names("kbitc.passes.solvers")
 SCHEMES = ["int4:b32", "int3:b16", "int2:b32", "int1:b32", "int8:b32", "uint3:b32", "nf4:b32", "int4:c", "uint4:t"]
-SCHEMES.append("int3:t:f32")
+SCHEMES += ["int3:t:f32", "uint3:b32:min", "uint1:b16:min", "uint4:c:min", "uint2:t:min:f32"]
 Array = npt.NDArray[np.float32]
 # float32 sums of up to 90 terms, compared with each other.
 SLACK = 1 + 1e-4
@@ -65,7 +65,9 @@ def test_results_are_valid_and_the_same_again(name: str, text: str, calibrated: 
     assert (found.scales != 0).all() and np.isfinite(found.scales).all()
     if ":f32" not in text:
         np.testing.assert_array_equal(found.scales, found.scales.astype(np.float16).astype(np.float32))
-    assert (found.zero_points is not None) == scheme.zero_point
+    assert (found.zero_points is not None) == scheme.zero_point and (found.offsets is not None) == scheme.offset
+    if found.offsets is not None and ":f32" not in text:
+        np.testing.assert_array_equal(found.offsets, found.offsets.astype(np.float16).astype(np.float32))
     np.testing.assert_array_equal(found.dequantize(), again.dequantize())
 
 
@@ -84,6 +86,29 @@ def test_grouped_inputs_are_solved_group_by_group(name: str) -> None:
         together = alone.output_power(weight[rows] - whole[rows])
         # Alone a group may choose an order of its own columns; it must not be solved with another's moments.
         assert together.sum() < 2 * one.sum()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_weight_on_the_grid_stays_there(name: str) -> None:
+    """Its error is 0, and no solver takes what is worse."""
+    weight, inputs = problem()
+    scheme = QuantScheme.parse("uint4:b32:min")
+    grid = rtn.solve(rtn.solve(weight, scheme).dequantize(), scheme).dequantize()
+    found = catalog.find("kbitc.passes.solvers", name, "solver").solve(grid, scheme, inputs)
+    np.testing.assert_array_equal(found.dequantize(), grid)
+
+
+@pytest.mark.parametrize("name", ["mse_clip", "hqq", "gptq"])
+def test_offsets_fit_shifted_weights_better_than_zero_points(name: str) -> None:
+    """Three levels of a zero point cannot follow blocks that lie anywhere."""
+    weight, inputs = problem()
+    solve = catalog.find("kbitc.passes.solvers", name, "solver").solve
+    weight = weight + np.random.default_rng(9).normal(size=(12, 2, 1)).astype(np.float32) * 3
+    errors = []
+    for rest in ("min", "zp"):
+        rest = weight - solve(weight, QuantScheme.parse(f"uint3:b16:{rest}"), inputs).dequantize()
+        errors.append(float(hqq.norm(rest).sum() if name == "hqq" else np.square(rest).sum()))
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kbitc.graph import functions, ops
 from kbitc.quant.format import Format
 from kbitc.quant.packing import unpack_dense
-from kbitc.quant.scales import GROUP, spread_steps, step_count
+from kbitc.quant.scales import GROUP, short_scales, spread_steps, step_count
 from kbitc.quant.scheme import (
     BLOCK_STEP,
     MAX_BLOCK,
@@ -150,6 +150,8 @@ def _read_function(node: ir.Node | None) -> QTensor | None:
     if node.op_type == functions.DEQUANTIZE_OFFSET:
         stored = _scales(node.inputs[5])
         if stored is None or stored[0].shape != read[0].shape or stored[1] is not read[1]:
+            return None
+        if (short_scales(read[0]) != read[0]).any():
             return None
         offsets = stored[0]
     bits = node.attributes.get_int("bits", 0)

@@ -32,7 +32,7 @@ def store_scales(scales: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, F
         scales, f32 [N] (integer) or [ceil(scales / 256)] (double), or None for plain ones.
     """
     if scheme.scale_code is ScaleCode.PLAIN:
-        return round_scales(scales, scheme.scale_type), None
+        return round_scales(scales, scheme), None
     flat = _groups(scales, scheme.scale_code)
     steps = _steps(flat.max(axis=1), scheme)
     most = np.full_like(steps, scheme.largest_scale_code)
@@ -43,12 +43,24 @@ def store_scales(scales: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, F
     return np.asarray(stored, np.float32), steps
 
 
-def round_scales(scales: FloatArray, scale_type: ScaleType) -> FloatArray:
-    """Round to the storage type; an all-zero block gets 1: runtimes refuse a scale of 0."""
+def round_scales(scales: FloatArray, scheme: QuantScheme) -> FloatArray:
+    """Round to the storage type; an all-zero block gets 1: runtimes refuse a scale of 0.
+
+    Beside offsets f32 scales are rounded to 16 significant bits: level * scale is then exact in float32, as it is for
+    f16, so that adding the offset to it is one rounding on every machine, fused or not.
+    """
+    scale_type = scheme.scale_type
     filled = np.where(scales > 0, np.maximum(scales, SMALLEST[scale_type]), np.float32(1))
     if scale_type is ScaleType.F32:
-        return np.asarray(filled, np.float32)
+        return short_scales(filled) if scheme.offset else np.asarray(filled, np.float32)
     return np.minimum(filled, LARGEST_F16).astype(np.float16).astype(np.float32)
+
+
+def short_scales(scales: FloatArray) -> FloatArray:
+    """Scales rounded to 16 significant bits, whose products with levels of 8 bits are exact in float32."""
+    mantissa, exponent = np.frexp(scales)
+    whole = np.float32(2 ** STEP_BITS[ScaleType.F32])
+    return np.asarray(np.ldexp(np.rint(mantissa * whole) / whole, exponent), np.float32)
 
 
 def round_offsets(offsets: FloatArray, scale_type: ScaleType) -> FloatArray:

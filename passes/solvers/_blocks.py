@@ -45,7 +45,7 @@ def signed_scales(data_type: Format, scheme: QuantScheme) -> bool:
 
 def store(scales: FloatArray, scheme: QuantScheme) -> FloatArray:
     """Round scales of either sign to their storage type."""
-    kept = round_scales(np.abs(scales), scheme.scale_type)
+    kept = round_scales(np.abs(scales), scheme)
     return np.asarray(np.where(scales < 0, -kept, kept), np.float32)
 
 

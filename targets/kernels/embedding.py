@@ -46,7 +46,7 @@ class _Arguments:
 
 
 def make_embedding(spec: EmbeddingSpec, name: str) -> Any:
-    """The PrimFunc: indices [*lead], packed, scales [Np/16, 1, CB, 16], zero points (if any), levels, out.
+    """The PrimFunc: indices [*lead], packed, scales [Np/16, 1, CB, 16], zero points or offsets (if any), levels, out.
 
     levels is f32 [2^k], given only for formats that are not uniform; out is f32 [*lead, C].
     """
@@ -92,9 +92,14 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
             block = v.bind(tirx.truncdiv(start, v.i64(spec.block)))
             scale = v.bind(v.cast(args.weight.scales[tile, v.i64(0), block, lane], "float32", 1))
             zero = _zero(spec, args, tile, lane, block)
+            offset = None
+            if args.weight.offsets is not None:
+                offset = v.bind(v.cast(args.weight.offsets[tile, v.i64(0), block, lane], "float32", 1))
             for step in range(-(-count // GROUP)):
                 levels = _levels(spec, args, codes, h * (STEPS // 2) + step)
                 value = (levels - v.splat(zero, GROUP)) * v.splat(scale, GROUP)
+                if offset is not None:
+                    value = v.bind(value) + v.splat(offset, GROUP)
                 kept = min(GROUP, count - step * GROUP)
                 v.store_first(args.out, [i, start + step * GROUP], v.bind(value), GROUP, kept)
 
@@ -104,9 +109,9 @@ def _row(spec: EmbeddingSpec, args: _Arguments, i: Expr, row: Expr) -> None:
 
 
 def _zero(spec: EmbeddingSpec, args: _Arguments, tile: Expr, lane: Expr, block: Expr) -> Expr:
-    """The level of the zero point, f32; levels are small integers, so the subtraction is exact."""
+    """The level of the zero point, or the lowest, f32; levels are small integers, so the subtraction is exact."""
     if args.weight.zeros is None:
-        return tirx.const(0.0, "float32")
+        return tirx.const(float(spec.origin), "float32")
     stored = v.cast(args.weight.zeros[tile, v.i64(0), block, lane], "int32", 1)
     return v.bind(v.cast(stored - tirx.const(stored_bias(spec.data_type), "int32"), "float32", 1))
 

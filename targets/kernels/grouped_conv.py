@@ -112,12 +112,11 @@ class _Generator:
                 for start in range(0, weight.channels, GROUP):
                     unit, step = v.i64(start // UNIT), start % UNIT // GROUP
                     block = v.i64(start // weight.block)
-                    scale = self.decoder.scale(tile, v.i64(tap), block, part)
-                    zero = self.decoder.zero(tile, v.i64(tap), block, part)
+                    factors = self.decoder.factors(tile, v.i64(tap), block, part)
                     fed = self.decoder.fed(self.decoder.codes(tile, v.i64(tap), unit, part), step)
                     for c in range(start, min(start + GROUP, weight.channels)):
                         held[tap, c, part] = v.register(lanes, "float32")
-                        v.put(held[tap, c, part], self.decoder.weight(fed, c - start, zero, scale), lanes)
+                        v.put(held[tap, c, part], self.decoder.weight(fed, c - start, factors), lanes)
         return held
 
     def _window(

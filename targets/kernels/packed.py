@@ -26,6 +26,7 @@ class WeightSpec:
         scale_per_block: scales are [Np/16, T, CB, 16]; otherwise [Np/16, 1, 1, 16].
         scale_dtype: "float16" or "float32", of the stored scales.
         zero_point: zero points are stored, one a block of scales (see `isa.stored_bias`).
+        offset: offsets are stored beside the scales, in their type.
         factors: block scales are integers (`ScaleCode.INTEGER`): they lie beside the codes as uint8 [Np/16, T, CB, 16],
             and the stored scales are the steps of the channels.
     """
@@ -38,7 +39,13 @@ class WeightSpec:
     scale_per_block: bool
     scale_dtype: str
     zero_point: bool = False
+    offset: bool = False
     factors: bool = False
+
+    @property
+    def origin(self) -> int:
+        """What is taken off every level: with offsets the lowest one, so that the integer of a weight is its code."""
+        return self.data_type.levels[0] if self.offset else 0
 
     @property
     def blocks(self) -> int:
@@ -83,6 +90,7 @@ def weight_fields(weight: QTensor) -> dict[str, Any]:
         "scale_per_block": weight.scheme.granularity is Granularity.BLOCK,
         "scale_dtype": SCALE_DTYPES[weight.scheme.scale_type],
         "zero_point": weight.zero_points is not None,
+        "offset": weight.offsets is not None,
     }
 
 
@@ -94,22 +102,25 @@ class WeightArguments:
         packed: codes, uint8 [Np/16, T, Cp/32, k, 64].
         scales: of shape `WeightSpec.scale_shape`.
         zeros, factors: uint8 of shape `WeightSpec.block_shape`, where the weight has them.
+        offsets: of the shape and type of the scales, where the weight has them.
     """
 
     packed: Buffer
     scales: Buffer
     zeros: Buffer | None
-    factors: Buffer | None = None
+    offsets: Buffer | None
+    factors: Buffer | None
 
 
 def declare_weight(spec: WeightSpec) -> WeightArguments:
-    """Declare codes, scales, factors and zero points (if any) as the next arguments of the open function."""
+    """Declare codes, scales, factors, and zero points or offsets (if any) as the next arguments of the open function."""
     shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
     packed = v.argument("packed", shape, "uint8")
     scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)
     factors = v.argument("factors", spec.block_shape, "uint8") if spec.factors else None
     zeros = v.argument("zeros", spec.block_shape, "uint8") if spec.zero_point else None
-    return WeightArguments(packed, scales, zeros, factors)
+    offsets = v.argument("offsets", spec.scale_shape, spec.scale_dtype) if spec.offset else None
+    return WeightArguments(packed, scales, zeros, offsets, factors)
 
 
 def declare_bias(spec: WeightSpec, bias: bool) -> Buffer | None:

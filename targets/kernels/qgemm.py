@@ -6,13 +6,18 @@ in order:
     acc[m, n] = sum over c in the block of q[row(m, t), c] * (grid[code[n, t, c]] - grid[zero_point])   int32, exact
     out[m, n] += f32(acc) * (act_scale[row(m, t), b] * weight_scale[n, t, b])                          float32
 
+With offsets the integer of a weight is its code, and each block adds a second term after the first,
+
+    out[m, n] += (f32(sum of q) * act_scale[row(m, t), b]) * offset[n, t, b]                                float32
+
 With one activation scale a row and integer block scales (`factors`) the sum over the blocks of a tap is exact too:
 
     total[m, n] = sum over blocks of acc[m, n] * factor[n, t, b]                                     int32, exact
     out[m, n] += f32(total) * (act_scale[row(m, t)] * weight_scale[n])                               float32
 
-then the bias is added and the result clamped. row(m, t) is m for a matrix product; for a convolution it is the
-pixel of tap t in an activation padded beforehand (`dynamic_quantize` writes the border), so nothing is skipped.
+Each product that is added may be one fused multiply-add. Then the bias is added and the result clamped. row(m, t) is m
+for a matrix product; for a convolution it is the pixel of tap t in an activation padded beforehand (`dynamic_quantize`
+writes the border), so nothing is skipped.
 Levels are fed with a bias (see `isa.Feed`): acc starts at -bias * sum(q) of the block instead of 0.
 Results do not depend on the number of threads: a row and tile are always summed by one thread in one order.
 """
@@ -106,7 +111,8 @@ def make_qgemm(spec: QgemmSpec, isa: Isa, name: str) -> Any:
     Arguments in order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB] or [*rows, 1], sums int32 [*rows, CB],
     packed uint8 [Np/16, T, Cp/32, k, 64], scales [Np/16, T, CB, 16] or [Np/16, 1, 1, 16],
     factors uint8 [Np/16, T, CB, 16] (if any), zero points uint8 of the shape of factors or scales (if any),
-    bias f32 [Np] (if any), out f32 [*out rows, N], accumulators int32 [*out rows, T * CB, N] (if asked for).
+    offsets like scales (if any), bias f32 [Np] (if any), out f32 [*out rows, N],
+    accumulators int32 [*out rows, T * CB, N] (if asked for).
     """
     return v.kernel(name, lambda: _Generator(spec, isa).emit())
 
@@ -181,20 +187,25 @@ class _Generator:
 
     def _add_totals(self, tile: _Tile, source: list[Expr]) -> None:
         """The exact sums of a tap, scaled, to the float sums."""
-        lanes, scales = self.isa.lanes, {}
-        for i in range(tile.tiles):
-            for p in range(self.isa.parts):
-                scales[i, p] = self.scale([tile.first + i, v.i64(0), v.i64(0), p * lanes])
+        lanes, zero = self.isa.lanes, v.i64(0)
+        scales = self.numbers(self.args.weight.scales, tile, zero, zero)
         for r, row in enumerate(source):
-            act_scale = v.bind(v.splat(self.args.act_scales[row, v.i64(0)], lanes))
+            act_scale = v.bind(v.splat(self.args.act_scales[row, zero], lanes))
             for i, p in scales:
                 held, total = tile.sums[r, i, p], v.get(tile.totals[r, i, p], lanes)
                 v.put(held, v.get(held, lanes) + v.cast(total, "float32", lanes) * (act_scale * scales[i, p]), lanes)
 
-    def scale(self, where: list[Expr]) -> Expr:
-        """Weight scales of one register of channels, f32."""
-        stored = v.load(self.args.weight.scales, where, self.isa.lanes)
-        return v.bind(self.isa.widen(stored) if self.spec.scale_dtype == "float16" else stored)
+    def numbers(self, buffer: Buffer, tile: _Tile, tap: Expr, block: Expr) -> dict[tuple[int, int], Expr]:
+        """Scales or offsets of a block as float32 vectors, factors as int32 vectors, by (tile, part)."""
+        lanes, found = self.isa.lanes, {}
+        for i in range(tile.tiles):
+            for p in range(self.isa.parts):
+                stored = v.load(buffer, [tile.first + i, tap, block, p * lanes], lanes)
+                if str(buffer.dtype) == "uint8":
+                    found[i, p] = v.bind(v.cast(stored, "int32", lanes))
+                else:
+                    found[i, p] = v.bind(self.isa.widen(stored) if str(buffer.dtype) == "float16" else stored)
+        return found
 
     def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
         return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
@@ -305,7 +316,7 @@ class _Block:
 
     def _start(self, row: int, block: Expr) -> Expr:
         """-bias * sum(q), or 0 where zero points take its place."""
-        lanes, bias = self.g.isa.lanes, self.g.feed.bias
+        lanes, bias = self.g.isa.lanes, self.g.feed.bias + self.g.spec.origin
         if self.g.spec.zero_point or bias == 0:
             return v.full(0, "int32", lanes)
         total = self.g.args.sums[self.source[row], block]
@@ -335,37 +346,34 @@ class _Block:
         return acc
 
     def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:
-        """Subtract zero points, scale, add to the sums."""
+        """Subtract zero points, scale, add to the sums; then what offsets add."""
         g, isa, tile, spec = self.g, self.g.isa, self.tile, self.g.spec
         lanes = isa.lanes
         tap, at = (self.tap, block) if spec.scale_per_block else (v.i64(0), v.i64(0))
-        scales = {}
-        for i in range(tile.tiles):
-            for p in range(isa.parts):
-                where = [tile.first + i, tap, at, p * lanes]
-                scales[i, p] = self._factor(where) if spec.factors else g.scale(where)
+        weight = g.args.weight
+        scales = g.numbers(weight.scales if weight.factors is None else weight.factors, tile, tap, at)
+        offsets = None if weight.offsets is None else g.numbers(weight.offsets, tile, tap, at)
         for r, source in enumerate(self.source):
-            act_block = v.i64(0) if spec.row_scales else block
-            act_scale = None if spec.factors else v.bind(v.splat(g.args.act_scales[source, act_block], lanes))
+            step = v.bind(g.args.act_scales[source, v.i64(0) if spec.row_scales else block])
+            act_scale = v.bind(v.splat(step, lanes))
+            if offsets is not None:
+                summed = v.bind(v.splat(v.cast(g.args.sums[source, block], "float32", 1) * step, lanes))
             for i, p in scales:
                 exact = acc[r, i, p]
-                if g.args.weight.zeros is not None:
+                if weight.zeros is not None:
                     exact = v.bind(exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes))
                 if g.args.accumulators is not None:
                     row = [tile.out_rows[r], self.tap * spec.blocks + block]
                     store_channels(g.args.accumulators, row, tile.first + i, p, exact, spec.outputs, lanes)
-                if act_scale is None:
+                if spec.factors:
                     held = tile.totals[r, i, p]
                     v.put(held, v.get(held, lanes) + exact * scales[i, p], lanes)
-                else:
-                    held = tile.sums[r, i, p]
-                    scale = act_scale * scales[i, p]
-                    v.put(held, v.get(held, lanes) + v.cast(exact, "float32", lanes) * scale, lanes)
-
-    def _factor(self, where: list[Expr]) -> Expr:
-        """Integer scales of a block, int32 vector."""
-        stored = v.load(self.g.args.weight.factors, where, self.g.isa.lanes)
-        return v.bind(v.cast(stored, "int32", self.g.isa.lanes))
+                    continue
+                held = tile.sums[r, i, p]
+                total = v.get(held, lanes) + v.cast(exact, "float32", lanes) * (act_scale * scales[i, p])
+                if offsets is not None:
+                    total = v.bind(total) + summed * offsets[i, p]
+                v.put(held, total, lanes)
 
     def _zero_level(self, i: int, p: int, tap: Expr, at: Expr) -> Expr:
         """The zero point as it is fed: int32 vector."""

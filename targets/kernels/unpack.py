@@ -2,6 +2,7 @@
 
     w[tile, t * C + c, lane] = f32(grid[code] - grid[zero_point]) * scale[n, t, block of c]      n = 16 * tile + lane
 
+with offsets f32(code) * scale + offset:
 the very float32 that ONNX DequantizeLinear gives. It runs once a call of the model, on weights that are small beside
 the activations they meet. A weight with one scale a channel is packed with its taps side by side, as [N, 1, T * C],
 because padding every tap to 32 channels would make a 3x3 depthwise weight 32 times as large as its codes.
@@ -33,7 +34,9 @@ def merged(spec: WeightSpec) -> WeightSpec:
 
 
 def make_unpack(spec: WeightSpec, isa: Isa, name: str) -> Any:
-    """The PrimFunc: packed codes, scales, zero points (if any) -> f32 [tiles, T * C, 16]; lanes beyond N are 0.
+    """The PrimFunc: packed codes, scales, zero points or offsets (if any) -> f32 [tiles, T * C, 16].
+
+    Lanes beyond N are 0.
 
     Args:
         spec: the weight.
@@ -69,8 +72,8 @@ def _unit(decoder: Decoder, out: Buffer, place: tuple[Expr, Expr, Expr], count: 
         for step in range(min(STEPS, -(-count // GROUP))):
             if step % (half // GROUP) == 0:
                 block = v.bind((unit * UNIT + step * GROUP) // spec.block)
-                scale, zero = decoder.scale(tile, tap, block, part), decoder.zero(tile, tap, block, part)
+                factors = decoder.factors(tile, tap, block, part)
             fed = decoder.fed(codes, step)
             for j in range(min(GROUP, count - step * GROUP)):
                 at = tap * spec.channels + unit * UNIT + (step * GROUP + j)
-                v.store(out, [tile, at, part * isa.lanes], decoder.weight(fed, j, zero, scale), isa.lanes)
+                v.store(out, [tile, at, part * isa.lanes], decoder.weight(fed, j, factors), isa.lanes)

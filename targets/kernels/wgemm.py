@@ -2,10 +2,12 @@
 
     out[m, n] = sum over channels c, in order, of x[m, c] * w[n, c]         float32
     w[n, c] = f32(grid[code] - grid[zero_point]) * scale[n, block of c]
+    w[n, c] = f32(code) * scale[n, block of c] + offset[n, block of c]             with offsets
 
 A weight is dequantized in registers to the very float32 that ONNX DequantizeLinear gives (the scale is multiplied
 in before the sum, not after a block), and then used by all rows of the register tile. Each product and sum may be
-one fused multiply-add. Every (m, n) is summed by one thread in one order.
+one fused multiply-add; code * scale is exact (`kbitc.quant.scales.round_scales`), so that this changes no weight.
+Every (m, n) is summed by one thread in one order.
 """
 
 from __future__ import annotations
@@ -37,6 +39,18 @@ class WgemmSpec(WeightSpec):
     post: PostFunction | None = None
 
 
+@dataclass(frozen=True)
+class Factors:
+    """What turns the fed bytes of one block into weights: f32(fed - zero) * scale + offset, vectors of channels.
+
+    zero is int32; offset is None where the scheme has none.
+    """
+
+    zero: Expr
+    scale: Expr
+    offset: Expr | None
+
+
 class Decoder:
     """Turns packed codes into float32 weights, one vector of output channels at a time."""
 
@@ -51,22 +65,25 @@ class Decoder:
         """Load what all look-ups share; once in each scope."""
         self.table = None if self.feed.table is None else [v.bind(part) for part in self.isa.table(self.feed.table)]
 
-    def scale(self, tile: Expr, tap: Expr, block: Expr, part: int) -> Expr:
-        """Scales of one block, f32 vector."""
-        stored = v.load(self.args.scales, [tile, *self._scale_index(tap, block), part * self.isa.lanes], self.isa.lanes)
+    def factors(self, tile: Expr, tap: Expr, block: Expr, part: int) -> Factors:
+        """Those of one block."""
+        place = (tap, block) if self.spec.scale_per_block else (v.i64(0), v.i64(0))
+        where = [tile, *place, part * self.isa.lanes]
+        scale = self._floats(self.args.scales, where)
+        offset = None if self.args.offsets is None else self._floats(self.args.offsets, where)
+        return Factors(self._zero(where), scale, offset)
+
+    def _floats(self, buffer: Buffer, where: list[Expr]) -> Expr:
+        stored = v.load(buffer, where, self.isa.lanes)
         return v.bind(self.isa.widen(stored) if self.spec.scale_dtype == "float16" else stored)
 
-    def zero(self, tile: Expr, tap: Expr, block: Expr, part: int) -> Expr:
-        """What is subtracted from a fed byte to give the level, int32 vector."""
+    def _zero(self, where: list[Expr]) -> Expr:
         lanes = self.isa.lanes
         if self.args.zeros is None:
-            return v.full(self.feed.bias, "int32", lanes)
-        stored = v.load(self.args.zeros, [tile, *self._scale_index(tap, block), part * lanes], lanes)
+            return v.full(self.feed.bias + self.spec.origin, "int32", lanes)
+        stored = v.load(self.args.zeros, where, lanes)
         shift = stored_bias(self.spec.data_type) - self.feed.bias
         return v.bind(v.cast(stored, "int32", lanes) - v.full(shift, "int32", lanes))
-
-    def _scale_index(self, tap: Expr, block: Expr) -> tuple[Expr, Expr]:
-        return (tap, block) if self.spec.scale_per_block else (v.i64(0), v.i64(0))
 
     def codes(self, tile: Expr, tap: Expr, unit: Expr, part: int) -> UnitCodes:
         """The codes of a unit."""
@@ -77,15 +94,16 @@ class Decoder:
         found = v.bind(level_bytes(self.isa, self.feed, self.table, codes, step))
         return v.bind(v.reinterpret(found, "uint32", self.isa.lanes))
 
-    def weight(self, fed: Expr, j: int, zero: Expr, scale: Expr) -> Expr:
+    def weight(self, fed: Expr, j: int, factors: Factors) -> Expr:
         """The float32 weights of channel j of a step."""
         lanes = self.isa.lanes
         if j:
             fed = tirx.shift_right(fed, v.full(8 * j, "uint32", lanes))
         if j < GROUP - 1:
             fed = fed & v.full(0xFF, "uint32", lanes)
-        level = v.reinterpret(fed, "int32", lanes) - zero
-        return v.bind(v.cast(level, "float32", lanes) * scale)
+        level = v.reinterpret(fed, "int32", lanes) - factors.zero
+        value = v.bind(v.cast(level, "float32", lanes) * factors.scale)
+        return value if factors.offset is None else v.bind(value + factors.offset)
 
 
 @dataclass
@@ -164,9 +182,8 @@ class _Generator:
                         continue
                     start = unit * UNIT + h * half
                     at = v.bind(tirx.truncdiv(start, v.i64(block)))
-                    scale = self.decoder.scale(tile.first + i, tap, at, p)
-                    zero = self.decoder.zero(tile.first + i, tap, at, p)
-                    self._half(tile, (i, p), codes, (h, count, start), (zero, scale))
+                    factors = self.decoder.factors(tile.first + i, tap, at, p)
+                    self._half(tile, (i, p), codes, (h, count, start), factors)
 
     def _half(
         self,
@@ -174,7 +191,7 @@ class _Generator:
         key: tuple[int, int],
         codes: UnitCodes,
         place: tuple[int, int, Expr],
-        block: tuple[Expr, Expr],
+        factors: Factors,
     ) -> None:
         """Up to 16 channels that share a scale, for one vector of output channels and all rows."""
         lanes = self.isa.lanes
@@ -183,7 +200,7 @@ class _Generator:
         for c in range(count):
             if c % GROUP == 0:
                 fed = self.decoder.fed(codes, half * (STEPS // 2) + c // GROUP)
-            weight = self.decoder.weight(fed, c % GROUP, *block)
+            weight = self.decoder.weight(fed, c % GROUP, factors)
             for r, row in enumerate(tile.rows):
                 sums[r] = v.bind(sums[r] + v.splat(self.x[row, start + c], lanes) * weight)
         for r, value in enumerate(sums):

@@ -5,7 +5,8 @@ It is the oracle of the kernels and the last rule of every list. The float opera
 
     out[m, n] = sum over (t, block), t first, of float(acc[m, t, block, n]) * (a_scale[m, block] * w_scale[n, t, block])
 
-with acc[m, t, block, n] = sum over c in the block of code[m, c] * (grid[w] - grid[zero]) in int32.
+with acc[m, t, block, n] = sum over c in the block of code[m, c] * (grid[w] - grid[zero]) in int32. With offsets the
+integer of a weight is its code, and each term is a sum: + (float(sum of code[m, c]) * a_scale[m, block]) * offset.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import numpy as np
 from tvm import te, tirx
 
 from kbitc.errors import InternalError
-from kbitc.quant.packing import GROUP, LANES, UNIT, pack_codes, pack_per_channel, per_vector, spare
-from kbitc.quant.scheme import Granularity, ScaleType
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.lower import dims
 from kbitc.targets.lower.context import Context
@@ -29,105 +28,11 @@ from kbitc.targets.lower.group import Group, TeTensor, compute, named
 from kbitc.targets.lower.ops.indexing import inside
 from kbitc.targets.lower.values import Constant, Expr, Index
 from kbitc.targets.reference.integer import PlainIntegers
+from kbitc.targets.reference.packed import PackedWeight, packed_weight
 from kbitc.targets.target import Target
 
 LEVEL = 127.0
 SMALLEST = 1e-30
-
-
-@dataclass(frozen=True)
-class PackedWeight:
-    """The parameters of a quantized weight, as every target stores them.
-
-    Attributes:
-        tensor: the weight.
-        codes, scales, zeros, grid: relax variables; zeros is None for symmetric schemes.
-    """
-
-    tensor: QTensor
-    codes: RelaxExpr
-    scales: RelaxExpr
-    zeros: RelaxExpr | None
-    grid: RelaxExpr
-
-    @property
-    def blocks(self) -> int:
-        """Blocks along C within one tap."""
-        return ceil(self.tensor.shape[2] / self.block)
-
-    @property
-    def block(self) -> int:
-        """Channels of one block."""
-        return min(self.tensor.block, self.tensor.shape[2])
-
-    def code(self, group: Group, n: Expr, t: Expr, c: Expr) -> Expr:
-        """The code of a weight as int32: a field of a code vector, or of a spare one put together from its pieces."""
-        bits = self.tensor.bits
-        codes = per_vector(bits)
-        tile, unit, step = n // LANES, c // UNIT, (c % UNIT) // GROUP
-        byte = (n % LANES) * GROUP + c % GROUP
-
-        def read(vector: Expr) -> Expr:
-            return tirx.Cast("int32", group.read(self.codes, [tile, t, unit, vector, byte]))
-
-        def low(value: Expr, width: int) -> Expr:
-            return value & tirx.const(2**width - 1, "int32")
-
-        vector = step // codes
-        found = read(tirx.min(vector, bits - 1) if spare(bits) else vector)
-        for i, pieces in enumerate(spare(bits)):
-            made: Expr = tirx.const(0, "int32")
-            for piece in pieces:
-                field = low(read(tirx.IntImm("int64", piece.vector)) >> piece.source, piece.width)
-                made = made + (field << piece.target)
-            found = tirx.if_then_else(vector == bits + i, made, found)
-        return low(found >> tirx.Cast("int32", (step % codes) * bits), bits)
-
-    def _place(self, n: Expr, t: Expr, block: Expr) -> list[Expr]:
-        """Index of a scale in its parameter."""
-        if self.tensor.scheme.granularity is Granularity.BLOCK:
-            return [n // LANES, t, block, n % LANES]
-        zero = tirx.IntImm("int64", 0)
-        return [n // LANES, zero, zero, n % LANES]
-
-    def scale(self, group: Group, n: Expr, t: Expr, block: Expr) -> Expr:
-        """The float32 scale of a block."""
-        return tirx.Cast("float32", group.read(self.scales, self._place(n, t, block)))
-
-    def level(self, group: Group, n: Expr, t: Expr, c: Expr) -> Expr:
-        """grid[code] - grid[zero point] as int32."""
-        value = tirx.Cast("int32", group.read(self.grid, [tirx.Cast("int64", self.code(group, n, t, c))]))
-        if self.zeros is None:
-            return value
-        zero = group.read(self.zeros, self._place(n, t, c // self.block))
-        return value - tirx.Cast("int32", group.read(self.grid, [tirx.Cast("int64", zero)]))
-
-    def value(self, group: Group, n: Expr, t: Expr, c: Expr) -> Expr:
-        """The float32 number that a code stands for."""
-        return tirx.Cast("float32", self.level(group, n, t, c)) * self.scale(group, n, t, c // self.block)
-
-
-def packed_weight(ctx: Context, contraction: Contraction) -> PackedWeight:
-    """Register the parameters of a quantized weight; once for contractions that share it."""
-    weight = contraction.weight
-    if not isinstance(weight, QTensor):
-        raise InternalError("the weight is not quantized", where=contraction.name)
-    key = ("reference weight", id(weight))
-    if key not in ctx.memo:
-        n = weight.shape[0]
-        scales = weight.scales.astype(np.float16 if weight.scheme.scale_type is ScaleType.F16 else np.float32)
-        zeros = None
-        if weight.zero_points is not None:
-            zeros = ctx.weight(f"{contraction.name}.zero_points", pack_per_channel(weight.zero_points, n))
-        ctx.memo[key] = PackedWeight(
-            weight,
-            ctx.weight(f"{contraction.name}.codes", pack_codes(weight.codes, weight.bits)),
-            ctx.weight(f"{contraction.name}.scales", pack_per_channel(scales, n)),
-            zeros,
-            ctx.var(Constant(weight.format.grid, "int8")),
-        )
-    found: PackedWeight = ctx.memo[key]
-    return found
 
 
 @dataclass(frozen=True)
@@ -266,13 +171,42 @@ def _integer_product(ctx: Context, contraction: Contraction, x: RelaxExpr) -> Re
     if contraction.accumulators_out:
         ctx.debug_output(f"{contraction.name}.accumulators", sums)
         ctx.debug_output(f"{contraction.name}.codes", codes)
-    return _scale_sums(ctx, contraction, packed, sums, scales)
+    summed = None if packed.offsets is None else _summed_codes(ctx, contraction, packed, codes, scales)
+    return _scale_sums(ctx, contraction, packed, sums, scales, summed)
+
+
+def _summed_codes(
+    ctx: Context, contraction: Contraction, packed: PackedWeight, codes: RelaxExpr, scales: RelaxExpr
+) -> RelaxExpr:
+    """float(sum of codes) * scale of every block of an activation, f32 [*rows, CB]: what offsets are multiplied by."""
+    channels, block = packed.tensor.shape[2], packed.block
+    shape = (*contraction.x_shape[:-1], packed.blocks)
+
+    def build(group: Group) -> list[TeTensor]:
+        c = te.reduce_axis((0, block), "c")
+
+        def term(indices: Sequence[Index]) -> Any:
+            channel = indices[-1] * block + c.var
+            code = tirx.Cast("int32", group.read(codes, [*indices[:-1], channel]))
+            if channels % block:
+                code = tirx.if_then_else(channel < channels, code, tirx.const(0, "int32"))
+            return te.sum(code, axis=c)
+
+        total = compute(shape, term, "code_sums")
+        return [compute(shape, lambda i: tirx.Cast("float32", total(*i)) * group.read(scales, list(i)), "summed")]
+
+    return ctx.kernel("reference_summed_codes", [(shape, "float32")], build, kind="reduce")[0].var
 
 
 def _scale_sums(
-    ctx: Context, contraction: Contraction, packed: PackedWeight, sums: RelaxExpr, scales: RelaxExpr
+    ctx: Context,
+    contraction: Contraction,
+    packed: PackedWeight,
+    sums: RelaxExpr,
+    scales: RelaxExpr,
+    summed: RelaxExpr | None,
 ) -> RelaxExpr:
-    """Integer sums of all blocks -> the float result."""
+    """Integer sums of all blocks, and with offsets the sums of the activation's blocks -> the float result."""
     taps, blocks = packed.tensor.shape[1], packed.blocks
     rows, finish = Rows(contraction), _finish(contraction, _bias(ctx, contraction))
 
@@ -285,7 +219,11 @@ def _scale_sums(
             which_scale = block * packed.block // (contraction.activation_block or packed.tensor.shape[2])
             factor = rows.read(out, t, lambda place: group.read(scales, [*place, which_scale]), "float32")
             factor = factor * packed.scale(group, n, t, block)
-            return te.sum(tirx.Cast("float32", group.read(sums, [*out, which.var, n])) * factor, axis=which)
+            value = tirx.Cast("float32", group.read(sums, [*out, which.var, n])) * factor
+            if summed is not None:
+                moved = rows.read(out, t, lambda place: group.read(summed, [*place, block]), "float32")
+                value = value + moved * packed.offset(group, n, t, block)
+            return te.sum(value, axis=which)
 
         total = compute(contraction.out_shape, term, "product")
         return [compute(contraction.out_shape, lambda i: finish(group, total(*i), i[-1]), "result")]

@@ -1,6 +1,7 @@
 """How packed weights become parameters of a module, and kernels are shared: what all rules for them have in common.
 
-A weight is `<name>.codes` (packed), `<name>.scales`, `<name>.factors`, `<name>.zero_points` and `<name>.bias`.
+A weight is `<name>.codes` (packed), `<name>.scales`, `<name>.factors`, `<name>.zero_points` or `<name>.offsets`, and
+`<name>.bias`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def cached(ctx: EmitContext, key: tuple[Any, ...], make: Callable[[], Any]) -> A
 def weight_parameters(
     ctx: EmitContext, contraction: Contraction, weight: QTensor, *, factors: bool = False
 ) -> list[RelaxExpr]:
-    """Packed codes, scales, factors, zero points and bias, in the order in which every kernel takes them.
+    """Packed codes, scales, factors, zero points or offsets, and bias, in the order in which every kernel takes them.
 
     A weight that several contractions share is stored once.
     """
@@ -66,12 +67,15 @@ def stored(weight: QTensor, *, factors: bool = False) -> list[tuple[str, npt.NDA
     if factors and weight.scale_steps is None:
         raise InternalError("factors of a weight without integer scales", where=str(weight.scheme))
     scales = weight.scale_steps.reshape(n, 1, 1) if factors and weight.scale_steps is not None else weight.scales
+    dtype = SCALE_DTYPES[weight.scheme.scale_type]
     parts: list[tuple[str, npt.NDArray[Any]]] = [
         ("codes", pack_codes(weight.codes, weight.bits)),
-        ("scales", pack_per_channel(scales.astype(SCALE_DTYPES[weight.scheme.scale_type]), n)),
+        ("scales", pack_per_channel(scales.astype(dtype), n)),
     ]
     if factors:
         parts.append(("factors", pack_per_channel(weight.scale_codes(), n)))
     if weight.zero_points is not None:
         parts.append(("zero_points", pack_per_channel(stored_zero_points(weight.zero_points, weight.format), n)))
+    if weight.offsets is not None:
+        parts.append(("offsets", pack_per_channel(weight.offsets.astype(dtype), n)))
     return parts

@@ -278,10 +278,10 @@ def levels_by_block(weight: QTensor, block: int) -> Array:
     return padded.reshape(n, taps, blocks, block)
 
 
-def weight_scales(weight: QTensor) -> Array:
-    """Scales spread to f32 [N, T, CB]."""
+def by_block(array: Array, weight: QTensor) -> Array:
+    """Scales or offsets spread to f32 [N, T, CB]."""
     n, taps, channels = weight.shape
-    return np.broadcast_to(weight.scales, (n, taps, blocks_of(channels, weight.scheme))).astype(np.float32)
+    return np.broadcast_to(array, (n, taps, blocks_of(channels, weight.scheme))).astype(np.float32)
 
 
 def expected(x: Array, weight: QTensor, bias: Array | None = None) -> Expected:
@@ -292,7 +292,9 @@ def expected(x: Array, weight: QTensor, bias: Array | None = None) -> Expected:
     codes, scales = codes.reshape(rows, taps, -1, block), scales.reshape(rows, taps, -1)
     exact = np.einsum("mtbc,ntbc->mtbn", codes.astype(np.int64), levels_by_block(weight, block))
     out = np.zeros((rows, weight.shape[0]), np.float32)
-    by = weight_scales(weight)
+    by = by_block(weight.scales, weight)
+    offsets = None if weight.offsets is None else by_block(weight.offsets, weight)
+    summed = codes.sum(axis=3, dtype=np.int32).astype(np.float32) * scales
     if weight.scheme.scale_code is ScaleCode.INTEGER and weight.scale_steps is not None:
         totals = np.einsum("mtbn,ntb->mtn", exact, weight.scale_codes().astype(np.int64))
         for t in range(taps):
@@ -301,6 +303,8 @@ def expected(x: Array, weight: QTensor, bias: Array | None = None) -> Expected:
     for t in range(taps):
         for b in range(scales.shape[2]):
             out = out + exact[:, t, b].astype(np.float32) * (scales[:, t, b, None] * by[:, t, b])
+            if offsets is not None:
+                out = out + summed[:, t, b, None] * offsets[:, t, b]
     if bias is not None:
         out = out + bias
     return Expected(codes, exact.reshape(rows, -1, weight.shape[0]), out)
@@ -325,13 +329,17 @@ def float_bound(x: Array, weight: QTensor) -> Array:
     """Bound of the float32 rounding of a sum of blocks, f32 [M, N]: terms * 2^-23 * the sum of magnitudes.
 
     Each term carries two roundings (the product of scales, the product) and each addition one; a fused
-    multiply-add only removes roundings, so that any contraction stays inside.
+    multiply-add only removes roundings, so that any contraction stays inside. With offsets a block has two terms.
     """
     rows, taps, channels = x.shape
     block = min(weight.block, channels)
     codes, scales = quantized_blocks(x.reshape(rows * taps, channels), weight)
     codes, scales = codes.reshape(rows, taps, -1, block), scales.reshape(rows, taps, -1)
     exact = np.abs(np.einsum("mtbc,ntbc->mtbn", codes.astype(np.int64), levels_by_block(weight, block)))
-    magnitude = np.einsum("mtbn,mtb,ntb->mn", exact, scales.astype(np.float64), weight_scales(weight))
+    magnitude = np.einsum("mtbn,mtb,ntb->mn", exact, scales.astype(np.float64), by_block(weight.scales, weight))
     terms = taps * scales.shape[2] + 3
+    if weight.offsets is not None:
+        summed = np.abs(codes.sum(axis=3, dtype=np.int64) * scales.astype(np.float64))
+        magnitude += np.einsum("mtb,ntb->mn", summed, np.abs(by_block(weight.offsets, weight)))
+        terms += taps * scales.shape[2]
     return terms * 2.0**-23 * magnitude

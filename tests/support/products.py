@@ -62,6 +62,11 @@ CASES = (
     _learned(8, 40),
     product("zero4", "uint4:b16:zp", (3, 15, 48)),
     product("zero8", "uint8:b32:zp", (1, 31, 97)),
+    *(product(f"offset{k}", f"uint{k}:b32:min", (1 + k % 3, 17, 70)) for k in range(1, 9)),
+    product("offset_odd", "uint3:b48:min:f32", (7, 33, 181), bias=RANDOM.standard_normal(33).astype(np.float32)),
+    product("offset_channel", "uint5:c:min", (5, 16, 131)),
+    product("offset_vector", "uint4:b16:min", (1, 100, 65)),
+    product("offset_zeros", "uint4:b32:min", (2, 16, 32), np.zeros((2, 32), np.float32)),
     product("channel", "int8:c", (5, 16, 131), bias=RANDOM.standard_normal(16).astype(np.float32)),
     product("tensor", "int4:t:f32", (2, 16, 64), post=PostFunction(-1.0, 2.0)),
     product("odd_block", "int3:b48", (2, 16, 181), bias=BIAS[:16], post=RELU),
@@ -80,6 +85,7 @@ CASES = (
     _extreme("extreme8", "int8:c", 4099),
     _extreme("extreme_zero8", "uint8:b1024:zp", 1030),
     _extreme("extreme_two_levels", "int4:b32/i4", 4099),
+    _extreme("extreme_offset8", "uint8:b1024:min", 1030),
 )
 MORE_CASES = (
     *(_learned(k, 70) for k in (1, 2, 4, 5, 6, 7)),
@@ -99,6 +105,7 @@ def _convolutions() -> list[Case]:
         ("dilated", "int3:c", (16, 4, 8), (1, 6, 5), ConvAttributes((2, 2), (1, 1), (0, 1, 0, 0), (2, 1))),
         ("pointwise", "uint4:b16:zp", (17, 1, 40), (1, 6, 5), ConvAttributes((1, 1), (2, 2))),
         ("two_levels_image", "int2:b16/i4", (20, 9, 40), (1, 6, 5), ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1))),
+        ("offset_image", "uint4:b16:min", (17, 9, 40), (2, 5, 6), ConvAttributes((3, 3), (2, 1), (1, 1, 1, 1))),
         ("image", "int8:b32", (16, 9, 3), (1, 5, 5), ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1))),
     ):
         weight = kernels.random_weight(scheme, shape)

@@ -99,7 +99,9 @@ def test_the_layers_say_which_rule_ran_and_why_others_declined() -> None:
     assert any("not quantized" in item["reason"] for item in layer["declined"])
 
 
-@pytest.mark.parametrize("scheme", ["int8:c", "int4:b32", "uint4:b32:zp", "int3:b16", "nf4:b64", "int1:b32", "int5:t"])
+@pytest.mark.parametrize(
+    "scheme", ["int8:c", "int4:b32", "uint4:b32:zp", "uint4:b32:min", "int3:b16", "nf4:b64", "int1:b32", "int5:t"]
+)
 @pytest.mark.parametrize("activations", ["dynamic", "float"])
 def test_a_quantized_product_equals_its_onnx_model(scheme: str, activations: str) -> None:
     """Two float32 sums of C products in another order differ by less than C units in the last place of sum |a b|."""

@@ -37,6 +37,7 @@ class Arguments:
     packed: Buffer
     scales: Buffer
     zeros: Buffer | None
+    offsets: Buffer | None
     bias: Buffer | None
     out: Buffer
     accumulators: Buffer | None
@@ -54,7 +55,8 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
 
     In order: codes int8 [*rows, Cp], act_scales f32 [*rows, CB] or [*rows, 1], sums int32 [*rows, CB], packed uint8
     [Np/16, T, Cp/32, k, 64], scales [Np/16, T, CB, 16] or [Np/16, 1, 1, 16], zero points uint8 of that shape (if
-    any), bias f32 [Np] (if any), out f32 [*out rows, N], accumulators int32 [*out rows, T * CB, N] (if asked for).
+    any), offsets like scales (if any), bias f32 [Np] (if any), out f32 [*out rows, N], accumulators int32
+    [*out rows, T * CB, N] (if asked for).
     """
     dims = v.DimVars()
     rows = spec.rows.with_dims(dims)
@@ -81,7 +83,7 @@ def declared(spec: QgemmSpec) -> Iterator[Arguments]:
         if accumulators is not None:
             accumulators = t.view(accumulators, (rows.count, spec.taps * spec.blocks, spec.outputs), "int32")
         shift = zero_shift(spec.data_type)
-        held = (weight.packed, weight.scales, weight.zeros, bias)
+        held = (weight.packed, weight.scales, weight.zeros, weight.offsets, bias)
         yield Arguments(rows, codes, act_scales, sums, *held, out, accumulators, shift)
 
 

@@ -1,6 +1,7 @@
 """Packed k-bit weights to float32: rows of an embedding, or a whole weight for products with float activations.
 
-A thread takes one step of one channel: four weights scale * (grid[code] - grid[zero_point]), a float product each.
+A thread takes one step of one channel: four weights scale * (grid[code] - grid[zero_point]), a float product each;
+or scale * code + offset, where the product is exact.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Packed:
     codes: Buffer
     scales: Buffer
     zeros: Buffer | None
+    offsets: Buffer | None
     words: Buffer = None
 
     def four(self, tile: Expr, tap: Expr, unit: Expr, step: Expr, lane: Expr) -> list[Expr]:
@@ -44,11 +46,15 @@ class Packed:
         # A block never ends inside a step; padding beyond C uses the last block's scale.
         block = t.at_most((unit * UNIT + step * GROUP) // spec.block, spec.blocks - 1)
         where = (tile, tap, v.bind(block), lane) if spec.scale_per_block else (tile, v.i64(0), v.i64(0), lane)
-        zero: Expr = tirx.const(levels.feed_of(spec.data_type).bias, "int32")
+        zero: Expr = tirx.const(levels.feed_of(spec.data_type).bias + spec.origin, "int32")
         if self.zeros is not None:
             zero = tirx.Cast("int32", self.zeros[where]) - tirx.const(levels.zero_shift(spec.data_type), "int32")
-        scale, offset = v.bind(tirx.Cast("float32", self.scales[where])), v.bind(zero)
-        return [v.bind(tirx.Cast("float32", _signed_byte(fed, j) - offset) * scale) for j in range(GROUP)]
+        scale, zero = v.bind(tirx.Cast("float32", self.scales[where])), v.bind(zero)
+        values = [v.bind(tirx.Cast("float32", _signed_byte(fed, j) - zero) * scale) for j in range(GROUP)]
+        if self.offsets is None:
+            return values
+        offset = v.bind(tirx.Cast("float32", self.offsets[where]))
+        return [v.bind(value + offset) for value in values]
 
 
 def _signed_byte(word: Expr, j: int) -> Expr:
@@ -58,9 +64,9 @@ def _signed_byte(word: Expr, j: int) -> Expr:
 
 
 def declare_packed(spec: WeightSpec) -> Packed:
-    """Declare codes, scales and zero points as the next arguments of the open function."""
+    """Declare codes, scales, and zero points or offsets as the next arguments of the open function."""
     made = declare_weight(spec)
-    return Packed(spec, made.packed, made.scales, made.zeros)
+    return Packed(spec, made.packed, made.scales, made.zeros, made.offsets)
 
 
 def view_words(packed: Packed) -> None:

@@ -162,9 +162,10 @@ class _Warp:
 
     def _start(self, row: Expr, block: Expr) -> Expr:
         """-bias * sum(q), or 0 where zero points take its place."""
-        if self.spec.zero_point or self.feed.bias == 0:
+        bias = self.feed.bias + self.spec.origin
+        if self.spec.zero_point or bias == 0:
             return tirx.const(0, "int32")
-        return v.bind(self.args.sums[row, block] * tirx.const(-self.feed.bias, "int32"))
+        return v.bind(self.args.sums[row, block] * tirx.const(-bias, "int32"))
 
     def _unit_codes(self, tap: Expr, unit: Expr, j: int) -> UnitCodes:
         """The codes of a unit for this thread's column of channel tile pair j."""
@@ -196,27 +197,34 @@ class _Warp:
                 builder.evaluate(mma.mma_k16(self.acc, self._at(i, j, 0), [a[2 * i], a[2 * i + 1]], [b]))
 
     def _scale(self, tap: Expr, source: list[Expr], block: Expr) -> None:
-        """Take zero points off, multiply by the scales, add."""
+        """Take zero points off, multiply by the scales, add; then what offsets add."""
         spec, args = self.spec, self.args
         act = [v.bind(args.act_scales[row, v.i64(0) if spec.row_scales else block]) for row in source]
-        sums = [v.bind(args.sums[row, block]) for row in source] if spec.zero_point else None
+        shifted = spec.zero_point or spec.offset
+        sums = [v.bind(args.sums[row, block]) for row in source] if shifted else []
+        summed = [v.bind(tirx.Cast("float32", s) * a) for s, a in zip(sums, act, strict=True)] if spec.offset else []
         at = (tap, block) if spec.scale_per_block else (v.i64(0), v.i64(0))
         for j in range(self.columns):
             lane = 2 * self.member + 8 * (j % 2)
             where = [self.tiles[j // 2], *at]
             weight = [v.bind(tirx.Cast("float32", args.scales[(*where, lane + e)])) for e in range(2)]
             zero = [v.bind(args.zero_level(where, lane + e)) for e in range(2)] if spec.zero_point else None
+            offset: list[Expr] = []
+            if args.offsets is not None:
+                offset = [v.bind(tirx.Cast("float32", args.offsets[(*where, lane + e)])) for e in range(2)]
             for i in range(self.shape.row_tiles):
                 for e in range(GROUP):
                     row, column = 2 * i + e // 2, e % 2
                     exact = self.acc[self._at(i, j, e)]
-                    if zero is not None and sums is not None:
+                    if zero is not None:
                         exact = v.bind(exact - zero[column] * sums[row])
                     if args.accumulators is not None:
                         self._store(args.accumulators, (tap * self.blocks + block,), i, j, e, exact)
                     product = tirx.Cast("float32", exact) * (act[row] * weight[column])
                     place = self._at(i, j, e)
                     v.store(self.sums, [place], self.sums[place] + product, 1)
+                    if offset:
+                        v.store(self.sums, [place], self.sums[place] + summed[row] * offset[column], 1)
 
     def _channel(self, j: int, e: int) -> Expr:
         return (self.first_tile + j // 2) * LANES + 8 * (j % 2) + 2 * self.member + e % 2

@@ -228,26 +228,32 @@ class _Thread:
                         v.store(self.acc, [place], total, 1)
 
     def _scale(self, block: Expr) -> None:
-        """Take bias or zero point off the complete integers of a block, scale them, add them to the float sums."""
+        """Take bias or zero point off the complete integers of a block, scale them, add them to the float sums.
+
+        Then what offsets add.
+        """
         spec, args = self.spec, self.args
         where = [self.tile, v.i64(0), block if spec.scale_per_block else v.i64(0)]
         for r in range(self.rows):
             row = self.first_row + r
             act = v.bind(args.act_scales[row, v.i64(0) if spec.row_scales else block])
             total = v.bind(args.sums[row, block])
+            summed = v.bind(tirx.Cast("float32", total) * act) if spec.offset else None
             for lane in range(QUAD):
                 i = self.keys.index((r, lane))
                 channel = self.quad * QUAD + lane
-                offset: Expr = tirx.const(self.feed.bias, "int32")
-                if spec.zero_point:
-                    offset = args.zero_level(where, channel)
+                bias = self.feed.bias + spec.origin
+                zero: Expr = args.zero_level(where, channel) if spec.zero_point else tirx.const(bias, "int32")
                 exact = self.acc[i]
-                if spec.zero_point or self.feed.bias:
-                    exact = v.bind(exact - offset * total)
+                if spec.zero_point or bias:
+                    exact = v.bind(exact - zero * total)
                 if args.accumulators is not None:
                     self._store(args.accumulators, (block,), row, channel, exact)
                 weight = tirx.Cast("float32", args.scales[(*where, channel)])
                 v.store(self.sums, [i], self.sums[i] + tirx.Cast("float32", exact) * (act * weight), 1)
+                if args.offsets is not None:
+                    offset = tirx.Cast("float32", args.offsets[(*where, channel)])
+                    v.store(self.sums, [i], self.sums[i] + summed * offset, 1)
 
     def _place(self, warp: Expr, i: int) -> Expr:
         """Where warp `warp` leaves value i of this thread's quad in shared memory."""

@@ -115,7 +115,7 @@ class GroupedConvolution:
             spec = WeightSpec(**weight_fields(weight))
             name = f"dequantize_{weight.format.name}{weight.bits}"
             unpack = cached(ctx, ("cuda", name, repr(spec)), lambda: make_dequantize(spec, name))
-            count = 3 if spec.zero_point else 2
+            count = 3 if spec.zero_point or spec.offset else 2
             parameters = weight_parameters(ctx, contraction, weight)
             dense = ctx.call(unpack, name, parameters[:count], [((spec.taps, spec.channels, spec.outputs), "float32")])
             given = [inputs[0], dense, *parameters[count:]]

@@ -38,7 +38,7 @@ class Product:
 
 
 def make_weight(rng: np.random.Generator, n: int, taps: int, c: int, scheme: str, values: str = "random") -> Any:
-    """A QTensor with random codes, scales of its type and random zero points; "learned4:b32" has a table of its own."""
+    """A QTensor of random codes, scales and zero points or offsets; "learned4:b32" has a table of its own."""
     from kbitc.quant.format import Format
     from kbitc.quant.scheme import QuantScheme
     from kbitc.quant.tensor import QTensor, scale_shape
@@ -64,7 +64,10 @@ def make_weight(rng: np.random.Generator, n: int, taps: int, c: int, scheme: str
         zeros = rng.integers(0, top, shape).astype(np.uint8)
         if values == "extreme":
             zeros[:] = top - 1
-    return QTensor(codes, scales, zeros, data_type, parsed, steps)
+    offsets = None
+    if parsed.offset:
+        offsets = (rng.random(shape) - 0.5).astype(np.float16).astype(np.float32)
+    return QTensor(codes, scales, zeros, data_type, parsed, steps, offsets)
 
 
 def make_rows(rng: np.random.Generator, rows: int, c: int, values: str) -> Array:
@@ -124,7 +127,7 @@ def specification(case: Product, weight: Any, *, accumulators: bool = True) -> t
 
 
 def packed_arguments(weight: Any, scale_dtype: str) -> list[Array]:
-    """Codes, scales and zero points as they lie in memory."""
+    """Codes, scales, and zero points or offsets as they lie in memory."""
     from kbitc.quant.packing import pack_codes, pack_per_channel
     from kbitc.targets.kernels.isa import stored_zero_points
 
@@ -132,6 +135,8 @@ def packed_arguments(weight: Any, scale_dtype: str) -> list[Array]:
     given = [pack_codes(weight.codes, weight.bits), pack_per_channel(weight.scales, n).astype(scale_dtype)]
     if weight.zero_points is not None:
         given.append(pack_per_channel(stored_zero_points(weight.zero_points, weight.format), n))
+    if weight.offsets is not None:
+        given.append(pack_per_channel(weight.offsets, n).astype(scale_dtype))
     return [np.asarray(array) for array in given]
 
 
@@ -239,7 +244,7 @@ def _check_product(launcher: _Launcher, i: int, case: Product, weight: Any, spec
     )  # fmt: skip
     levels = weight.levels().astype(np.int64)
     exact = np.zeros((m, taps * blocks, n), np.int64)
-    terms = np.zeros((m, taps * blocks, n))
+    terms, moved = (np.zeros((m, taps * blocks, n)) for _ in range(2))
     weight_scales = np.broadcast_to(weight.scales, (n, taps, blocks)).astype(np.float64)
     for t in range(taps):
         for b in range(blocks):
@@ -249,12 +254,17 @@ def _check_product(launcher: _Launcher, i: int, case: Product, weight: Any, spec
                 scales[source[:, t], 0 if case.row_scales else b].astype(np.float64)[:, None] * weight_scales[:, t, b]
             )
             terms[:, t * blocks + b] = exact[:, t * blocks + b] * factor
+            if weight.offsets is not None:
+                offsets = np.broadcast_to(weight.offsets, (n, taps, blocks)).astype(np.float64)[:, t, b]
+                summed = codes[source[:, t], part].sum(axis=1) * scales[source[:, t], b].astype(np.float64)
+                moved[:, t * blocks + b] = summed[:, None] * offsets
     failures = []
     if not np.array_equal(result[-1].reshape(exact.shape), exact):
         failures.append(f"{np.sum(result[-1].reshape(exact.shape) != exact)} accumulators differ")
-    right = terms.sum(axis=1) + bias[:n]
-    # Two roundings a term and one an addition, whatever the order of the sum.
-    bound = (taps * blocks + 4) * EPSILON * (np.abs(terms).sum(axis=1) + np.abs(bias[:n]))
+    right = (terms + moved).sum(axis=1) + bias[:n]
+    # Two roundings a term and one an addition, whatever the order of the sum; two terms a block with offsets.
+    count = taps * blocks * (1 if weight.offsets is None else 2)
+    bound = (count + 4) * EPSILON * ((np.abs(terms) + np.abs(moved)).sum(axis=1) + np.abs(bias[:n]))
     if spec.post is not None:
         right = np.maximum(right, 0)
     error = np.abs(result[-2].reshape(m, n).astype(np.float64) - right)

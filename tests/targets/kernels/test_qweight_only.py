@@ -58,6 +58,14 @@ PRODUCTS = (
     _product("vector", "int4:b32", (1, 40, 100), bias=BIAS, post=RELU),
     _product("table", "nf4:b16", (7, 33, 71)),
     _product("zero", "uint3:b48:zp", (5, 17, 101)),
+    *(_product(f"offset{k}", f"uint{k}:b32:min", (1 + k % 4, 17, 101)) for k in range(1, 9)),
+    _product("offset_odd", "uint3:b48:min:f32", (5, 17, 101), bias=BIAS[:17]),
+    _convolution("offset_conv", "uint4:b32:min", (24, 9, 40), (2, 7, 9), ConvAttributes((3, 3), (2, 1), (1, 1, 1, 1))),
+    _convolution("offset_stem", "uint3:c:min", (24, 9, 3), (2, 7, 9), ConvAttributes((3, 3), (2, 2), (1, 1, 1, 1))),
+    _convolution("offset_depth", "uint4:b32:min", (32, 9, 1), (2, 6, 7), ConvAttributes(**{**vars(SAME), "group": 32})),
+    _convolution(
+        "offset_group", "uint5:b32:min", (12, 4, 6), (1, 5, 6), ConvAttributes((2, 2), (1, 1), (0, 1, 1, 0), group=3)
+    ),
     _product("channel", "int8:c", (6, 16, 33)),
     _product("bit", "int1:b32:f32", (2, 8, 8)),
     _convolution("conv", "int4:b32", (24, 9, 40), (2, 7, 9), ConvAttributes((3, 3), (2, 1), (1, 1, 1, 1))),
@@ -73,14 +81,20 @@ EMBEDDINGS = (
     _embedding("look_up", "nf4:b16", 33, 71, np.int32),
     _embedding("zero_row", "uint3:b48:zp", 17, 101),
     _embedding("row", "int8:c", 16, 33),
+    *(_embedding(f"row_offset{k}", f"uint{k}:b16:min", 19, 69) for k in range(1, 9)),
+    _embedding("row_offset_f32", "uint3:b48:min:f32", 17, 101),
+    _embedding("row_offset_channel", "uint8:c:min", 16, 33),
 )
-ON_NEON = (PRODUCTS[1], PRODUCTS[5], PRODUCTS[7], EMBEDDINGS[2], EMBEDDINGS[8])
+
+_EVERY = {case.name: case for case in (*PRODUCTS, *EMBEDDINGS)}
+NEON_PRODUCTS = tuple(_EVERY[name] for name in ("table", "conv", "ragged", "offset3", "offset_odd", "offset_group"))
+NEON_EMBEDDINGS = tuple(_EVERY[name] for name in ("look_up", "zero_row", "row_offset_f32", "row_offset_channel"))
 
 
 @cache
 def results(target_name: str, which: str) -> dict[str, Any]:
     """Outputs of a group of cases on a target."""
-    cases = {"products": PRODUCTS, "embeddings": EMBEDDINGS, "neon": ON_NEON}[which]
+    cases = {"products": PRODUCTS, "embeddings": EMBEDDINGS, "neon": (*NEON_PRODUCTS, *NEON_EMBEDDINGS)}[which]
     return kernels.compile_cases(cases, parse_target(target_name)).run()
 
 
@@ -118,14 +132,14 @@ def test_embedding_is_the_dequantized_row(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ON_NEON[:3], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", NEON_PRODUCTS, ids=lambda case: case.name)
 def test_product_is_numpys_on_neon(case: Case) -> None:
     need(NEON)
     check_product(case, results(NEON, "neon")[case.name])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ON_NEON[3:], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", NEON_EMBEDDINGS, ids=lambda case: case.name)
 def test_embedding_is_the_dequantized_row_on_neon(case: Case) -> None:
     need(NEON)
     wanted = case.contraction.weight.dequantize()[case.x, 0]

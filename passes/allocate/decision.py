@@ -64,6 +64,9 @@ class Decision:
         if value in self.roots:
             return self._leaves(value) and self._made_on_integers(self.roots[value])
         node = self.producers.get(value)
+        if node in self._chosen and node is not None and self.forms[node].family == families.MOVE:
+            if len(node.outputs) > 1:
+                return True  # all its results are moved as codes, whoever reads them
         return (
             node in self._chosen
             and node is not None

@@ -207,6 +207,17 @@ def test_values_that_are_read_both_ways_are_rounded_once() -> None:
     assert check_steps(original, made, plan, feeds[0])
 
 
+def test_parts_of_a_split_that_only_floats_read_become_float_again() -> None:
+    text = """
+g (float[2, 5, 12] x) => (float[] y, float[] k, float[] v) {
+  p = MatMul(x, w) q, k, r = Split<axis = -1, num_outputs = 3>(p)
+  t = Transpose<perm = [0, 2, 1]>(r) y = MatMul(q, t) v = Exp(r)
+}"""
+    original, made, plan, feeds = quantized(text, {"w": noise(12, 24)}, None)
+    assert forms(plan)["Split"] == "integer"
+    assert check_steps(original, made, plan, feeds[0]) >= 2
+
+
 def test_an_accumulator_that_could_overflow_is_refused() -> None:
     size = 70_000
     weights = {"w": np.ones((size, 1), np.float32), "v": np.ones((1, 4), np.float32)}

@@ -39,7 +39,9 @@ def unit_stride(index: Expr, var: Var) -> bool:
 
 
 def steps_by_one(load: Any, var: Var) -> bool:
-    """Whether a read moves by one element with the variable."""
+    """Whether a read moves by one element with the variable; that of a scalar does not move."""
+    if not load.indices:
+        return False
     *outer, last = load.indices
     return not any(uses(index, var) for index in outer) and unit_stride(last, var)
 

@@ -48,6 +48,16 @@ def test_every_static_length_is_written_once_and_whole(target: Any, shape: tuple
     assert np.array_equal(double([x], (shape, "float32")), x + x)
 
 
+def test_a_scalar_that_is_read_beside_a_transposed_array(target: Any) -> None:
+    (n,) = symbols("n")
+    a, scale = te.placeholder((20, n), "float32"), te.placeholder((), "float32")
+    product = Scheduled([a, scale], te.compute((n, 20), lambda i, j: scale() * a(j, i)), target)
+    for count in (1, 7, 33):
+        x = numbers(20, count)
+        found = product([x, np.float32(0.3)], ((count, 20), "float32"))
+        assert np.array_equal(found, x.T * np.float32(0.3)), count
+
+
 def test_joined_axes_of_symbolic_length(target: Any) -> None:
     (n,) = symbols("n")
     a = te.placeholder((n, 128, 3), "float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kbitc.passes.base import GraphPass
 from kbitc.passes.canonicalize.drop_expand import DropExpand
 from kbitc.passes.canonicalize.expand_composite import ExpandComposite
+from kbitc.passes.canonicalize.expand_contrib import ExpandContrib
 from kbitc.passes.canonicalize.expand_recurrent import ExpandRecurrent
 from kbitc.passes.canonicalize.finish import InferShapes, NameNodes, RemoveDeadCode, SortNodes
 from kbitc.passes.canonicalize.fold_affine import FoldAffine
@@ -35,6 +36,7 @@ CANONICALIZE_FORM: tuple[GraphPass, ...] = (
     InferShapes(),
     UpgradeOpset(),
     TranslateContrib(),
+    ExpandContrib(),
     ExpandComposite(),
     InlineFunctions(),
     UpgradeOpset(),

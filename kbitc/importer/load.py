@@ -16,7 +16,7 @@ from kbitc.graph.evaluate import first_line
 from kbitc.graph.shapes import infer_shapes
 from kbitc.importer.external import ExternalFiles
 from kbitc.importer.files import parse_model, read_model_file
-from kbitc.importer.schema import check_nodes
+from kbitc.importer.schema import UNDECLARED, check_nodes
 from kbitc.importer.signature import (
     Shapes,
     bind_constants,
@@ -25,7 +25,7 @@ from kbitc.importer.signature import (
     forget_negative_dims,
     give_ranks,
 )
-from kbitc.importer.structure import check_functions, check_names, check_versions, hoist_constants
+from kbitc.importer.structure import check_functions, check_names, check_versions, hoist_constants, nodes_below
 from kbitc.importer.tensors import DetachedTensor, take_tensors
 from kbitc.importer.text import check_text
 from kbitc.importer.values import check_values
@@ -113,11 +113,21 @@ def _run_checker(proto: onnx.ModelProto, taken: dict[str, DetachedTensor]) -> No
     saved = [onnx.TensorProto.FromString(tensor.SerializeToString()) for tensor in kept]
     del light.graph.initializer[:]
     light.graph.initializer.extend(saved)
+    _declare(light)
     _complete_outputs(light)
     try:
         onnx.checker.check_model(light, full_check=True)
     except Exception as error:
         raise ModelError("the model breaks ONNX's rules", got=_checker_words(error)) from error
+
+
+def _declare(light: onnx.ModelProto) -> None:
+    """Give the operator that onnxruntime's optimizer writes without a domain the domain of such operators."""
+    undeclared = [node for node in nodes_below(light.graph.node, 0) if not node.domain and node.op_type == UNDECLARED]
+    for node in undeclared:
+        node.domain = "com.microsoft"
+    if undeclared and all(entry.domain != "com.microsoft" for entry in light.opset_import):
+        light.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
 
 
 def _complete_outputs(light: onnx.ModelProto) -> None:

@@ -11,9 +11,32 @@ import onnx.defs
 from kbitc.errors import ModelError, UnsupportedError
 from kbitc.importer.structure import label
 
-#: Operators of other domains that canonicalisation translates to standard ones.
+#: Operators of other domains that canonicalisation translates to standard ones, or opens.
 CONTRIB = frozenset(
     (
+        "Attention",
+        "DynamicQuantizeLSTM",
+        "DynamicQuantizeMatMul",
+        "EmbedLayerNormalization",
+        "FusedConv",
+        "FusedGemm",
+        "GroupQueryAttention",
+        "MatMulIntegerToFloat",
+        "MultiHeadAttention",
+        "QGemm",
+        "QLinearAdd",
+        "QLinearAveragePool",
+        "QLinearConcat",
+        "QLinearConv",
+        "QLinearGlobalAveragePool",
+        "QLinearLeakyRelu",
+        "QLinearMatMul",
+        "QLinearMul",
+        "QLinearReduceMean",
+        "QLinearSigmoid",
+        "QLinearSoftmax",
+        "QLinearWhere",
+        "RotaryEmbedding",
         "MatMulNBits",
         "SkipLayerNormalization",
         "SimplifiedLayerNormalization",
@@ -28,6 +51,8 @@ CONTRIB = frozenset(
         "QuantizeLinear",
     )
 )
+#: onnxruntime's optimizer writes it without a domain, though the standard has none of this name.
+UNDECLARED = "SimplifiedLayerNormalization"
 _DEFAULT_DOMAINS = ("", "ai.onnx")
 _MAX_SHOWN = 20
 
@@ -68,7 +93,7 @@ def _check_all(
                 _check_all(graph.node, versions, functions, unknown)
         if (node.domain, node.op_type) in functions:
             continue
-        if domain == "com.microsoft" and node.op_type in CONTRIB:
+        if (domain == "com.microsoft" and node.op_type in CONTRIB) or (not domain and node.op_type == UNDECLARED):
             continue
         if domain not in versions:
             raise ModelError(

@@ -97,7 +97,7 @@ def check_functions(proto: onnx.ModelProto) -> None:
     calls = {
         key: {
             found
-            for node in _nodes_below(body.node, 0)
+            for node in nodes_below(body.node, 0)
             if (found := (node.domain, node.op_type, node.overload)) in bodies
         }
         for key, body in bodies.items()
@@ -129,13 +129,14 @@ def _refuse_cycle(
         stack += [(called, False) for called in sorted(calls[key])]
 
 
-def _nodes_below(nodes: Iterable[onnx.NodeProto], depth: int) -> Iterable[onnx.NodeProto]:
+def nodes_below(nodes: Iterable[onnx.NodeProto], depth: int) -> Iterable[onnx.NodeProto]:
+    """All nodes, those of subgraphs too. Raises ModelError: they are nested too deep."""
     if depth > MAX_DEPTH:
         raise ModelError("graphs are nested too deep", got=f"more than {MAX_DEPTH} levels")
     for node in nodes:
         yield node
         for graph in _subgraphs(node):
-            yield from _nodes_below(graph.node, depth + 1)
+            yield from nodes_below(graph.node, depth + 1)
 
 
 def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:

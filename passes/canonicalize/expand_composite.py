@@ -37,7 +37,7 @@ class ExpandComposite:
             if node.domain or node.op_type in LOWERABLE or node.op_type in self.keep or node.graph is None:
                 continue
             body = _body(node, version)
-            modified = (body is not None and _make_call(model, node, body)) or modified
+            modified = (body is not None and make_call(model, node, body)) or modified
         return PassResult(model, modified)
 
 
@@ -81,7 +81,7 @@ def _type(value: ir.Value | None) -> bytes:
     return bytes(ir.to_proto(value).type.SerializeToString())
 
 
-def _make_call(model: ir.Model, node: ir.Node, body: onnx.FunctionProto) -> bool:
+def make_call(model: ir.Model, node: ir.Node, body: onnx.FunctionProto) -> bool:
     """Turn the node into a call of a new function with this body. False when the body leaves an output open that
     the node has."""
     made = {name for child in body.node for name in child.output} | set(body.input)

@@ -30,6 +30,7 @@ CASES = {
     "skip layer norm sum": """n, a, b, s = com.microsoft.SkipLayerNormalization(x, skip, gamma, beta)
         y = Add(n, s)""",
     "skip rms norm": "y = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 0.01>(x, skip, gamma)",
+    "rms norm without domain": "y = SimplifiedLayerNormalization<axis = -1, epsilon = 0.01>(x, gamma)",
     "fused matmul": "y = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(x, m)",
 }
 

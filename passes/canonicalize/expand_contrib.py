@@ -1,0 +1,49 @@
+"""Replaces quantized and fused operators, most of them onnxruntime's own, by what they compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx.parser
+import onnx_ir as ir
+
+from kbitc.graph.edit import all_nodes, set_attribute
+from kbitc.passes.base import PassResult
+from kbitc.passes.canonicalize.contrib_attention import BODIES as ATTENTION
+from kbitc.passes.canonicalize.contrib_quantized import BODIES as QUANTIZED
+from kbitc.passes.canonicalize.expand_composite import make_call
+
+DOMAIN = "com.microsoft"
+#: Those of the default domain that ONNX defines without a body.
+STANDARD = frozenset(("QLinearConv", "QLinearMatMul"))
+BODIES = {**QUANTIZED, **ATTENTION}
+
+
+@dataclass(frozen=True)
+class ExpandContrib:
+    """Before: com.microsoft QLinearAdd, Attention, ...; QLinearConv and QLinearMatMul of the standard.
+    After: a call of a model-local function with the operator's meaning as its body; InlineFunctions opens it.
+
+    Keeps forms of them that have no body here: they are refused later, by name.
+    """
+
+    def __call__(self, model: ir.Model) -> PassResult:
+        """Apply the pass."""
+        modified = False
+        for node in all_nodes(model):
+            known = node.op_type in (BODIES if node.domain == DOMAIN else STANDARD if not node.domain else ())
+            statements = BODIES[node.op_type](node) if known else None
+            if statements is not None:
+                modified = _expand(model, node, statements) or modified
+        return PassResult(model, modified)
+
+
+def _expand(model: ir.Model, node: ir.Node, statements: str) -> bool:
+    """Make the node a call of a function with these statements."""
+    inputs = ", ".join(f"i{index}" for index in range(len(node.inputs)))
+    outputs = ", ".join(f"o{index}" for index in range(len(node.outputs)))
+    head = f'<domain: "", opset_import: ["" : 21]> {node.op_type} ({inputs}) => ({outputs})'
+    body = onnx.parser.parse_function(f"{head} {{ {statements} }}")
+    for name in list(node.attributes):
+        set_attribute(node, name, None)
+    return make_call(model, node, body)

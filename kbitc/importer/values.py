@@ -73,7 +73,10 @@ def _check_scale(node: ir.Node) -> None:
     if scale is None:
         return
     numbers = scale.astype(np.float64)
-    bad = ~(np.isfinite(numbers) & (numbers > 0))
+    # Quantizers that use the lowest code of a symmetric block put the sign of its largest weight into the scale, and
+    # 0 for a block of zeros.
+    signed = node.op_type == "DequantizeLinear" and node.attributes.get_int("block_size", 0) > 0
+    bad = ~(np.isfinite(numbers) & (signed | (numbers > 0)))
     if bad.any():
         value = node.inputs[1]
         raise ModelError(

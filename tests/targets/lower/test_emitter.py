@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import tvm
 
 from kbitc.errors import UnsupportedError
 from kbitc.graph.legality import LOWERABLE
+from kbitc.importer import load_model
+from kbitc.passes.canonicalize import canonicalize
 from kbitc.targets.lower.emitter import check_lowerable, lower
 from kbitc.targets.lower.registry import standard_operators
 from kbitc.targets.target import parse_target
 from tests.support.lowered import model_of, run_of
+from tests.support.onnx_text import assert_same, proto
 
 RNG = np.random.default_rng(0)
 
@@ -291,3 +296,20 @@ def test_integers_made_from_logarithms_compile() -> None:
         far = np.abs(np.arange(size)[None] - np.arange(size)[:, None])
         large = 8 + (np.log(np.maximum(far, 1) / np.float32(8)) * np.float32(4)).astype(np.int64)
         assert np.array_equal(runnable({"x": noise(size, 2)})[0], np.where(far < 8, far, large))
+
+
+@pytest.mark.parametrize("target", ["reference", "x86:avx2"])
+def test_scales_of_blocks_may_be_negative_or_zero(target: str) -> None:
+    """As onnxruntime's symmetric 4-bit quantizer gives them."""
+    rng = np.random.default_rng(3)
+    codes = rng.integers(-8, 8, (64, 16)).astype(ml_dtypes.int4)
+    scales = rng.standard_normal((2, 16)).astype(np.float32)
+    scales[1, 5] = 0
+    nodes = "w = DequantizeLinear<axis = 0, block_size = 32>(q, s) y = MatMul(x, w)"
+    message = proto(f"g (float[n, 64] x) => (float[n, 16] y) {{ {nodes} }}", {"s": scales})
+    raw = onnx.numpy_helper.from_array(codes, "q").raw_data
+    message.graph.initializer.append(onnx.helper.make_tensor("q", onnx.TensorProto.INT4, codes.shape, raw, raw=True))
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    (found,) = run_of(canonicalize(load_model(message)), parse_target(target))({"x": x})
+    weight = codes.astype(np.float32) * np.repeat(scales, 32, 0)
+    assert_same({"y": x @ weight}, {"y": found}, terms=64 * 8)

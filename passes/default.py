@@ -36,7 +36,6 @@ CANONICALIZE_FORM: tuple[GraphPass, ...] = (
     InferShapes(),
     UpgradeOpset(),
     TranslateContrib(),
-    ExpandContrib(),
     ExpandComposite(),
     InlineFunctions(),
     UpgradeOpset(),
@@ -48,6 +47,8 @@ CANONICALIZE_FORM: tuple[GraphPass, ...] = (
 #: Run over and over until none changes anything.
 CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     InferShapes(),
+    ExpandContrib(),
+    InlineFunctions(),
     RemoveDeadCode(),
     FoldShapes(),
     FoldConstants(),

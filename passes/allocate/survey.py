@@ -8,6 +8,9 @@ import onnx_ir as ir
 
 from kbitc.graph import edit, ops
 
+#: Operators that pass rows of a table on.
+_MOVES = frozenset("Cast Concat Expand Identity Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split())
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -49,7 +52,7 @@ def survey(model: ir.Model) -> list[Candidate]:
         weight, kind = ops.weight_source(node)
         if weight is None or weight.name is None or weight.graph is not model.graph:
             continue
-        reason = ops.reason_not_quantizable(node)
+        reason = ops.reason_not_quantizable(node) or _reason_of_rows(node)
         known = found.setdefault(weight.name, (kind, []))
         known[1].append(node)
         if reason is None and known[0] != kind:
@@ -57,6 +60,37 @@ def survey(model: ir.Model) -> list[Candidate]:
         if reason is not None:
             obstacles[weight.name] = reason
     return [_candidate(model, name, kind, nodes, obstacles.get(name)) for name, (kind, nodes) in found.items()]
+
+
+def _reason_of_rows(node: ir.Node) -> str | None:
+    """Rows that multiply other values, as the cosines and sines of rotary positions do, stay as they are.
+
+    A row that a matrix product or a normalization reads averages the errors of its codes; a factor passes on each one.
+    """
+    if node.op_type != "Gather":
+        return None
+    rest, seen = list(node.outputs), set[ir.Value]()
+    while rest:
+        value = rest.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for user, index in value.uses():
+            if user.op_type in _MOVES and not user.domain:
+                rest += user.outputs
+            elif edit.is_op(user, "Mul") and _is_computed(user.inputs[1 - index]):
+                return "its rows are factors of other values"
+    return None
+
+
+def _is_computed(value: ir.Value | None) -> bool:
+    """Whether a factor is neither a constant, nor one number a row, nor itself rows of a table."""
+    if value is None or ops.is_constant(value) or value.shape is None or not value.shape or value.shape[-1] == 1:
+        return False
+    maker = value.producer()
+    while maker is not None and maker.op_type in _MOVES and maker.inputs[0] is not None:
+        maker = maker.inputs[0].producer()
+    return maker is not None and maker.op_type != "Gather"
 
 
 def _candidate(model: ir.Model, name: str, kind: str, nodes: list[ir.Node], obstacle: str | None) -> Candidate:

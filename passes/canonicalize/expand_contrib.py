@@ -24,7 +24,8 @@ class ExpandContrib:
     """Before: com.microsoft QLinearAdd, Attention, ...; QLinearConv and QLinearMatMul of the standard.
     After: a call of a model-local function with the operator's meaning as its body; InlineFunctions opens it.
 
-    Keeps forms of them that have no body here: they are refused later, by name.
+    Keeps forms of them that have no body here, or not before the sizes of their inputs are known: what is left is
+    refused later, by name.
     """
 
     def __call__(self, model: ir.Model) -> PassResult:
@@ -42,7 +43,8 @@ def _expand(model: ir.Model, node: ir.Node, statements: str) -> bool:
     """Make the node a call of a function with these statements."""
     inputs = ", ".join(f"i{index}" for index in range(len(node.inputs)))
     outputs = ", ".join(f"o{index}" for index in range(len(node.outputs)))
-    head = f'<domain: "", opset_import: ["" : 21]> {node.op_type} ({inputs}) => ({outputs})'
+    version = model.opset_imports.get("", 21)
+    head = f'<domain: "", opset_import: ["" : {version}]> {node.op_type} ({inputs}) => ({outputs})'
     body = onnx.parser.parse_function(f"{head} {{ {statements} }}")
     for name in list(node.attributes):
         set_attribute(node, name, None)

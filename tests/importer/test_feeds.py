@@ -219,6 +219,13 @@ def test_empty_folder(subject: ir.Model, tmp_path: Path) -> None:
         sample_feeds(subject, tmp_path)
 
 
+def test_the_empty_cache_of_a_first_step_is_a_sample() -> None:
+    subject = model("g (float[B, 2] x, float[B, P, 2] past) => (float[] y) { y = Add(x, past) }")
+    feeds = {"x": noise(1, 2), "past": np.zeros((1, 0, 2), np.float32)}
+    found, _ = sample_feeds(subject, [feeds])
+    assert found[0]["past"].shape == (1, 0, 2)
+
+
 def test_no_samples_and_no_mappings(subject: ir.Model) -> None:
     with pytest.raises(CalibrationError, match="no samples"):
         sample_feeds(subject, iter(()))

@@ -11,6 +11,8 @@ import pytest
 
 from kbitc import driver, options
 from kbitc.errors import UsageError
+from kbitc.importer import load_model
+from kbitc.passes.canonicalize import canonicalize
 from kbitc.quant.plan import QuantPlan
 from kbitc.targets.target import parse_target
 
@@ -69,6 +71,31 @@ def test_a_convolution_with_few_channels_gets_one_scale_a_channel_and_float_acti
         assert entries[name].activation == "float32"
         assert "one scale a channel" in entries[name].reason
     assert str(entries["first"].scheme) == "int4:b32" and entries["first"].activation == "int8"
+
+
+ROTARY = """g (float[b, 4, s, 16] x, int64[b, s] i, float[b, s, 1] kept) => (float[b, 4, s, 16] y, float[b, s, 9] z) {
+    c = Gather(cosines, i)
+    axis = Constant<value_ints = [1]>()
+    u = Unsqueeze(c, axis)
+    h = Relu(x)
+    y = Mul(h, u)
+    e = Gather(words, i)
+    f = Gather(others, i)
+    m = Mul(e, f)
+    n = Mul(e, kept)
+    o = Add(m, n)
+    z = MatMul(o, last)
+}"""
+
+
+def test_rows_that_are_factors_stay_float_unless_of_a_mask_or_of_other_rows() -> None:
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {ROTARY}')
+    random = np.random.default_rng(0)
+    for name, shape in {"cosines": (9, 16), "words": (9, 32), "others": (9, 32), "last": (32, 9)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(random.normal(size=shape).astype(np.float32), name))
+    plan = _plan(canonicalize(load_model(proto)))
+    assert _float(plan) == {"cosines"}
+    assert "factors" in next(entry.reason for entry in plan.entries if entry.tensor == "cosines")
 
 
 @pytest.mark.parametrize(

@@ -50,13 +50,19 @@ def checkable_proto(model: ir.Model) -> onnx.ModelProto:
         for name, value in graph.initializers.items()
         if value.const_value is not None and value.const_value.nbytes > _INLINE_BYTES and not value.is_graph_input()
     }
+    outputs = (value for node in all_nodes(model) for value in node.outputs)
+    untyped = {value: value.shape for value in outputs if value.type is None and value.shape is not None}
     for name in heavy:
         graph.initializers.pop(name)
+    for value in untyped:
+        value.shape = None  # a message has no shape without a type, and onnx-ir would say so each time
     try:
         proto = ir.to_proto(model)
     finally:
         for name, value in heavy.items():
             graph.initializers[name] = value
+        for value, shape in untyped.items():
+            value.shape = shape
     for name, value in heavy.items():
         proto.graph.input.append(ir.to_proto(value))
         proto.graph.input[-1].name = name

@@ -9,6 +9,7 @@ import pytest
 from kbitc.graph import dims as d
 from kbitc.graph.evaluate import evaluate
 from kbitc.graph.shape_values import ShapeValues
+from kbitc.graph.shapes import infer_shapes
 from tests.support.onnx_text import model, noise
 
 INT = np.int64
@@ -114,3 +115,15 @@ def test_dim_arithmetic() -> None:
     assert d.broadcast([[1, n], [5, 1]]) == [5, n]
     assert d.broadcast([[n], [ir.SymbolicDim("m")]]) == [None]
     assert d.broadcast([[n, 3], [3]]) == [n, 3]
+
+
+def test_shapes_without_types_are_kept_and_not_complained_of(caplog: pytest.LogCaptureFixture) -> None:
+    """An operator that ONNX does not know leaves its readers without a type until it is translated."""
+    text = "g (float[b, 8] x, float[b, 8] c) => (float[] y) { k = com.microsoft.Gelu(x) s = Add(k, c) y = Relu(s) }"
+    subject = model(text, domains=', "com.microsoft" : 1')
+    value = next(node for node in subject.graph if node.op_type == "Add").outputs[0]
+    infer_shapes(subject)
+    value.type, value.shape = None, ir.Shape(["b", 8])
+    infer_shapes(subject)
+    assert value.shape is not None and len(value.shape) == 2
+    assert not caplog.records

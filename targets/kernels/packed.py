@@ -113,7 +113,7 @@ class WeightArguments:
 
 
 def declare_weight(spec: WeightSpec) -> WeightArguments:
-    """Declare codes, scales, factors, and zero points or offsets (if any) as the next arguments of the open function."""
+    """Declare codes, scales, factors, zero points or offsets (those there are) as the next arguments of a function."""
     shape = packed_shape(spec.outputs, spec.taps, spec.channels, spec.data_type.bits)
     packed = v.argument("packed", shape, "uint8")
     scales = v.argument("scales", spec.scale_shape, spec.scale_dtype)

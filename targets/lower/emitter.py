@@ -98,9 +98,9 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
         outputs = _outputs(ctx, model.graph, inputs)
         extra = list(ctx.debug_outputs.items())
         parameters = [*(pair[1].var for pair in inputs), *ctx.weight_parameters()]
-        ctx.builder.emit_func_output(
-            relax.Tuple([*(pair[1].var for pair in outputs), *(var for _, var in extra)]), params=parameters
-        )
+        results = [*(pair[1].var for pair in outputs), *(var for _, var in extra)]
+        # A tuple costs a call to make it and several to take it apart.
+        ctx.builder.emit_func_output(results[0] if len(results) == 1 else relax.Tuple(results), params=parameters)
     return Lowered(
         mark_inputs(ctx.builder.finalize(), len(inputs)),
         ctx.weights,

@@ -35,7 +35,8 @@ class Runnable:
         """The outputs in the model's order, then the debug outputs."""
         given = [tvm.runtime.tensor(np.array(feeds[info.name], order="C")) for info in self.lowered.inputs]
         given += [tvm.runtime.tensor(np.array(array, order="C")) for array in self.lowered.weights.values()]
-        return [value.numpy() for value in self.machine["main"](*given)]
+        results = self.machine["main"](*given)
+        return [value.numpy() for value in ([results] if isinstance(results, tvm.runtime.Tensor) else results)]
 
     def kernels(self) -> list[str]:
         """Names of the module's kernels."""

@@ -22,6 +22,7 @@ from kbitc.targets.link import export_library, find_compiler
 from kbitc.targets.lower.emitter import Lowered, Signature, check_lowerable, lower
 from kbitc.targets.lower.shape_functions import sort_shape_functions
 from kbitc.targets.lower.weight_checks import drop_weight_checks
+from kbitc.targets.memory.plan_memory import plan_memory
 from kbitc.targets.rules.base import schedule
 from kbitc.targets.target import Target
 
@@ -194,9 +195,7 @@ def relax_pipeline() -> Any:
             passes.ToNonDataflow(),
             passes.RemovePurityChecking(),
             passes.CallTIRRewrite(),
-            passes.StaticPlanBlockMemory(),
-            passes.LowerAllocTensor(),
-            passes.KillAfterLastUse(),
+            transform.module_pass(lambda module, _: plan_memory(module), opt_level=0, name="PlanMemory"),
             passes.LowerRuntimeBuiltin(),
             passes.ComputePrimValue(),
             passes.VMShapeLower(),

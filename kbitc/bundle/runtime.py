@@ -29,8 +29,9 @@ from kbitc.errors import CalibrationError, InternalError, UsageError
 from kbitc.targets import machine
 
 Array = npt.NDArray[Any]
-# Shapes whose buffers are kept for later runs.
-POOLED_SHAPES = 8
+# Shapes whose buffers are kept for later runs. Planned memory comes in few sizes (see targets/memory): this bounds
+# what loops allocate.
+POOLED_SHAPES = 32
 
 
 class Model:
@@ -113,9 +114,9 @@ class Model:
             return results
 
     def _fit_pool(self, arguments: Sequence[Any]) -> None:
-        """Keep the memory of runs of a few shapes: TVM keeps freed buffers by size, and of ever new sizes they pile up.
+        """Keep the memory of runs of some shapes: TVM keeps freed buffers by size, and of ever new sizes they pile up.
 
-        Giving memory back at each new shape costs a seventh of a run of MiniLM.
+        Giving memory back at each new shape would cost a tenth of a run of MiniLM.
         """
         if not self._dynamic:
             return

@@ -1,0 +1,1 @@
+"""Where the values of a compiled function lie: planned once, while compiling."""

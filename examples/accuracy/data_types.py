@@ -37,7 +37,7 @@ FAMILIES = ("int", "uint", "nf", "fp", "dynexp", "log2", "quantile", "kmeans")
 WIDTHS = range(2, 9)
 MOST_WEIGHTS = 1 << 20  # of one tensor; of larger ones every second, third ... row is taken
 SCALES = ("int4:b32", "int4:b32/i4", "int4:b32:dq8", "int3:b32", "int3:b32/i4", "uint4:b32", "uint4:b32/i4",
-          "fp4:b32", "fp4:b32/i4", "nf4:b64", "nf4:b64:dq8")  # fmt: skip
+          "uint4:b32:min", "uint3:b32", "uint3:b32:min", "fp4:b32", "fp4:b32/i4", "nf4:b64", "nf4:b64:dq8")  # fmt: skip
 BEGIN, END = "<!-- made by examples/accuracy/data_types.py -->\n", "<!-- end -->\n"
 
 

@@ -77,6 +77,7 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W3 mixed": {"scheme": "int3:b32", "target_bpw": 3.5, "activations": "float", "calibrated": True},
     "W2 mixed": {"scheme": "int2:b32", "target_bpw": 2.5, "activations": "float", "calibrated": True},
     "W4 uint, tables W8": {"scheme": "uint4:b32:zp", "activations": "float", "tables": "int8:b32"},
+    "W4 min, tables W8": {"scheme": "uint4:b32:min", "activations": "float", "tables": "int8:b32"},
     "W3 gptq, tables W8": {
         "bits": 3,
         "activations": "float",

@@ -18,6 +18,7 @@ from kbitc.report import weight_report, with_packed_sizes
         ("int4:b32/i4", 4 + 4 / 32 + 16 / 128, np.float16, 4 + 16 / 32),
         ("int4:b32/i4:f32", 4 + 4 / 32 + 32 / 128, np.float32, 4 + 32 / 32),
         ("nf4:b64:dq8", 4 + 8 / 64 + 32 / (64 * 128), np.float16, 4 + 16 / 64),
+        ("uint3:b32:min", 3 + (16 + 16) / 32, np.float16, 3 + (16 + 16) / 32),
         ("uint3:b32:zp:dq8", 3 + (8 + 3) / 32 + 32 / (64 * 128), np.float16, 3 + (16 + 3) / 32),
     ],
 )

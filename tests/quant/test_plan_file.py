@@ -27,8 +27,9 @@ def test_an_entry_needs_only_tensor_and_scheme() -> None:
     assert asked[0].activation is None and asked[0].shape is None
 
 
-def test_a_written_plan_reads_back(tmp_path: Path) -> None:
-    scheme = QuantScheme.parse("int5:b64:f32")
+@pytest.mark.parametrize("text", ["int5:b64:f32", "uint4:b32:min"])
+def test_a_written_plan_reads_back(tmp_path: Path, text: str) -> None:
+    scheme = QuantScheme.parse(text)
     plan = QuantPlan((PlanEntry("w", ("n",), "MatMul", (8, 1, 64), scheme, "int8", "asked for"),))
     plan.write(tmp_path / "plan.json")
     (found,) = read_plan(tmp_path / "plan.json")

@@ -58,7 +58,7 @@ def test_the_choices_are_all_widths_of_the_format(scheme: str) -> None:
     assert widths == [list(range(2, 8 if scheme.startswith("nf") else 9))] * 6
 
 
-@pytest.mark.parametrize("scheme", ["int4:b32", "uint4:b16:f32", "int4:c", "int4:t", "nf4:b64"])
+@pytest.mark.parametrize("scheme", ["int4:b32", "uint4:b16:f32", "uint4:b32:min", "int4:c", "int4:t", "nf4:b64"])
 def test_counted_bits_are_those_of_the_quantized_weight(scheme: str) -> None:
     problem = planned.problem(scheme)
     for index in range(6):
@@ -69,7 +69,9 @@ def test_counted_bits_are_those_of_the_quantized_weight(scheme: str) -> None:
 
 @pytest.mark.parametrize("target", ["x86:avx2", "arm-neon:dotprod"])
 @pytest.mark.parametrize("activation", ["int8", "float32"])
-@pytest.mark.parametrize("scheme", ["int4:b32", "uint4:b16:f32", "int4:c", "int4:t"])
+@pytest.mark.parametrize(
+    "scheme", ["int4:b32", "uint4:b16:f32", "uint4:b16:min", "uint4:c:min:f32", "int4:c", "int4:t"]
+)
 def test_counted_bytes_are_those_of_the_lowered_arrays(target: str, activation: str, scheme: str) -> None:
     problem = planned.problem(scheme, activation, target)
     kinds = {layer.candidate.tensor: layer.candidate.kind for layer in problem.layers}
@@ -79,7 +81,7 @@ def test_counted_bytes_are_those_of_the_lowered_arrays(target: str, activation: 
             problem.model, plan, solve_weights(problem.model, plan, kinds, Method("rtn")).tensors, kinds
         )
         stored = lower(quantized, parse_target(target)).weights
-        parts = (".codes", ".scales", ".zero_points")
+        parts = (".codes", ".scales", ".zero_points", ".offsets")
         for entry in plan.entries:
             prefixes = tuple(f"{node}." for node in entry.nodes)
             arrays = [array for name, array in stored.items() if name.startswith(prefixes) and name.endswith(parts)]

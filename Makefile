@@ -30,7 +30,7 @@ $(VENV)/.user: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.developer: pyproject.toml | $(BIN)/python
-	$(PIP) install -e ".[dev,examples,torch,cuda]"
+	$(PIP) install -e ".[dev,examples,plots,torch,cuda]"
 	@touch $@ $(VENV)/.user
 
 demo: $(VENV)/.user
@@ -50,8 +50,9 @@ test-all: lint
 
 bench: $(VENV)/.developer
 	$(BIN)/python examples/fetch.py ocr magika minilm
-	set -e; for script in $(filter-out %/harness.py,$(wildcard examples/benchmarks/*.py)); do \
+	set -e; for script in $(filter-out %/harness.py %/plots.py,$(wildcard examples/benchmarks/*.py)); do \
 	  echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python examples/benchmarks/plots.py
 	$(BIN)/python examples/benchmarks/harness.py
 
 accuracy: $(VENV)/.developer

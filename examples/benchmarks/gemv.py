@@ -1,13 +1,13 @@
 """Products of few or many rows with one weight at every k, against onnxruntime fp32 and MatMulNBits, one thread.
 
-    python examples/benchmarks/gemv.py [--shapes NxK ...] [--layers 1 8] [--rows 1 8 32 128] [--schemes int4:b32 ...]
+    python examples/benchmarks/gemv.py [--shapes NxK ...] [--layers 1 8] [--rows 1 8 32 128 512] [--schemes int4:b32]
 
 x [rows, K] times a weight of shape NxK, or one after another as many as --layers says (square ones only). One layer of
 4096x4096 lies in a large third-level cache and shows the arithmetic; eight layers come from memory, as in a real
 decoder, and show the bytes; 768x768 shows the cost of a call.
 kbitc's time includes the quantization of the activations, as onnxruntime's with accuracy_level 4 does.
-All engines work in the calling thread, so that its processor time is measured. Writes results/gemv.json (one row of
-activations) and results/gemm.json (more).
+All engines work in the calling thread, so that its processor time is measured. The machine's limits are probed in the
+same run. Writes results/gemv.json (one row of activations) and results/gemm.json (more); `plots.py` draws them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 import kbitc
+from kbitc.targets.probe import probe
+from kbitc.targets.target import parse_target
 
 ROUNDS = 60
 FEWER_ROUNDS = 15
@@ -35,13 +37,13 @@ MEMORY_LAYERS = 8
 BLOCK = 32
 PEER = "onnxruntime MatMulNBits 4 bits"
 BASELINE = "onnxruntime fp32"
-SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}")
+SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}", f"int4:b{BLOCK}/i4")
 SHAPES = ("4096x4096", "768x768", "3072x768", "11008x4096")
 FULL_SHAPE = "4096x4096"
 # What is measured at the other shapes.
-FEWER_SCHEMES = ("int2:b32", "int3:b32", "int4:b32", "int8:b32", "nf4:b32")
+FEWER_SCHEMES = ("int2:b32", "int3:b32", "int4:b32", "int8:b32", "nf4:b32", "int4:b32/i4")
 # With many rows the bits hardly matter, but the blocks do.
-MANY_ROWS_SCHEMES = ("int4:b32", "int4:b128", "nf4:b32", "int8:c")
+MANY_ROWS_SCHEMES = ("int4:b32", "int4:b32/i4", "int4:b128", "nf4:b32", "int8:c")
 Floats = npt.NDArray[np.float32]
 
 
@@ -137,20 +139,28 @@ def vectors(shapes: list[str], layers: list[int], schemes: list[str] | None) -> 
     ]
 
 
+def limits() -> dict[str, Any]:
+    """What this machine reads from each level and multiplies, with one thread."""
+    found = probe(parse_target("host"), clock=time.thread_time)
+    return {} if found is None else found.as_json()
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Matrix-vector products at every k against onnxruntime.")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="NxK", help="of the weight")
     parser.add_argument("--layers", type=int, nargs="+", default=[1, MEMORY_LAYERS])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128, 512])
     parser.add_argument("--schemes", nargs="+", help="of kbitc; by default every k for one row, some for more")
     chosen = parser.parse_args()
     harness.pin(1)
     if 1 in chosen.rows:
-        print(harness.save("gemv", vectors(chosen.shapes, chosen.layers, chosen.schemes), threads=1))
-    if many := [rows for rows in chosen.rows if rows > 1]:
+        rows = vectors(chosen.shapes, chosen.layers, chosen.schemes)
+        print(harness.save("gemv", rows, threads=1, limits=limits()))
+    if many := [count for count in chosen.rows if count > 1]:
         schemes = chosen.schemes or list(MANY_ROWS_SCHEMES)
-        print(harness.save("gemm", [measure(schemes, FULL_SHAPE, 1, rows) for rows in many], threads=1))
+        rows = [measure(schemes, FULL_SHAPE, 1, count) for count in many]
+        print(harness.save("gemm", rows, threads=1, limits=limits()))
 
 
 if __name__ == "__main__":

@@ -131,11 +131,18 @@ def _version(package: str) -> str | None:
         return None
 
 
-def save(name: str, rows: Sequence[Mapping[str, Any]], threads: int, folder: Path = RESULTS) -> Path:
-    """Write results/NAME.json: date (UTC), machine, rows. Returns the path."""
+def save(
+    name: str, rows: Sequence[Mapping[str, Any]], threads: int, folder: Path = RESULTS, **facts: Mapping[str, Any]
+) -> Path:
+    """Write results/NAME.json: date (UTC), machine, whatever facts the caller adds, rows. Returns the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"date": time.strftime("%Y-%m-%d", time.gmtime()), "machine": machine(threads), "rows": list(rows)}
+    content = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": machine(threads),
+        **facts,
+        "rows": list(rows),
+    }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return path
 

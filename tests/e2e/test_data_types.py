@@ -13,11 +13,12 @@ import kbitc
 from kbitc.passes.verify.accuracy import LOWERING_CEILING_DB
 from kbitc.quant.metrics import compare
 
-QUICK = ("fp4-e2m1:b32", "kmeans4:b64", "int4:b32/i4", "int8:c:dq8")
+QUICK = ("fp4-e2m1:b32", "kmeans4:b64", "int4:b32/i4", "int8:c:dq8", "uint4:b32:min")
 SLOW = (
     *("fp2:b32", "fp3:c", "fp5-e3m1:b32", "fp6:b64", "fp8-e4m3:b32", "fp8-e5m2:c", "log2-2:b32", "log2-4:b32"),
     *("log2-5:b64", "log2-8:b32", "dynexp3:b32", "dynexp4:t", "dynexp8:b32", "quantile3:b32", "quantile4:c"),
     *("kmeans2:b32", "kmeans3:t", "uint4:b32/i4", "fp4:b32/i4", "int3:b16/i4:f32", "nf4:b16:dq8", "uint3:b32:dq8"),
+    *("uint1:b16:min", "uint3:c:min", "uint8:b48:min:f32"),
 )
 SCHEMES = [*QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in SLOW)]
 MODEL = """<ir_version: 10, opset_import: ["" : 21]>

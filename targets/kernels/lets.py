@@ -27,8 +27,11 @@ _BINARY = (
     tirx.Add, tirx.Sub, tirx.Mul, tirx.Div, tirx.Mod, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max,
     tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.And, tirx.Or,
 )  # fmt: skip
+_ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)
 _GUARDED = "prim.if_then_else"
 _LARGEST_TREE = 60
+#: Nodes of an expression of sizes that stays where it is: quotients of one or two dims are simplified well.
+_LARGEST_SIZE = 30
 
 
 def _peel(value: Expr) -> tuple[list[Binding], Expr]:
@@ -230,3 +233,42 @@ def lower_lets(function: Any) -> Any:
     body = tvm_ffi.structural_map(body, [(tirx.For, vector_loop)], order="post")
     module = tirx.transform.ConvertSSA()(ir.IRModule({"main": function.with_body(body)}))
     return module["main"]
+
+
+def name_sizes(function: Any, body: Any) -> Any:
+    """The body with a name for every large expression of nothing but sizes, computed once, in front of it.
+
+    Open heights and widths give dims such as ((h - 1) // 32 * 4 + 4) * ((w - 1) // 32 * 4 + 4), and an index divides by
+    sums of them: TVM's simplifier then takes minutes for one kernel. A name is bound to a load, where it stops.
+    """
+    sizes: set[Any] = set()
+    for param in function.params:
+        for dim in getattr(param.ty, "shape", ()):
+            tvm_ffi.structural_walk(dim, (tirx.Var, sizes.add))
+    named: list[Binding] = []
+
+    def name(value: Expr) -> Expr:
+        if not _is_of(sizes, value) or _tree_sizes(value, {}) <= _LARGEST_SIZE:
+            return value
+        for variable, known in named:
+            if tvm_ffi.structural_equal(known, value):
+                return variable
+        named.append((tirx.Var(f"size{len(named)}", str(value.ty.dtype)), value))
+        return named[-1][0]
+
+    body = tvm_ffi.structural_map(body, [(_BINARY, name)], order="pre")
+    if not named:
+        return body
+    held = tirx.decl_buffer((len(named),), "int64", name="sizes")
+    statements = [tirx.AllocBuffer(held)]
+    places = [tirx.const(position, "int64") for position in range(len(named))]
+    statements += [tirx.BufferStore(held, value, [place]) for (_, value), place in zip(named, places, strict=True)]
+    statements += [tirx.Bind(variable, held[place]) for (variable, _), place in zip(named, places, strict=True)]
+    return tirx.SeqStmt([*statements, body])
+
+
+def _is_of(sizes: set[Any], value: Expr) -> bool:
+    """Whether an int64 expression is made of these variables and numbers alone."""
+    if isinstance(value, _ARITHMETIC):
+        return str(value.ty.dtype) == "int64" and _is_of(sizes, value.a) and _is_of(sizes, value.b)
+    return value in sizes if isinstance(value, tirx.Var) else isinstance(value, tirx.IntImm)

@@ -25,6 +25,7 @@ class Scheduled:
 
     Attributes:
         rule: name of that rule.
+        function: what the rule made of it.
     """
 
     def __init__(self, inputs: Sequence[Any], outputs: Any, target: Target) -> None:
@@ -34,7 +35,7 @@ class Scheduled:
             function = rule(group, target)
             if function is not None:
                 break
-        self.rule = rule.__name__
+        self.rule, self.function = rule.__name__, function
         module = tvm.IRModule({"main": function.with_attr("global_symbol", "main")})
         self.module = tvm.compile(module, target=tvm.target.Target(target.tvm))
 

@@ -13,7 +13,7 @@ import numpy as np
 import tvm_ffi
 from tvm import tirx
 
-from kbitc.targets.kernels.lets import lower_lets
+from kbitc.targets.kernels.lets import lower_lets, name_sizes
 
 Expr = Any
 Var = Any
@@ -186,4 +186,4 @@ def split_index(flat: Expr, extents: Sequence[Expr]) -> list[Expr]:
 
 def finish(function: PrimFunc, body: Statement) -> PrimFunc:
     """The function with a new body, its names made cheap to compile."""
-    return lower_lets(function.with_body(body))
+    return lower_lets(function.with_body(name_sizes(function, body)))

@@ -58,6 +58,23 @@ def test_a_scalar_that_is_read_beside_a_transposed_array(target: Any) -> None:
         assert np.array_equal(found, x.T * np.float32(0.3)), count
 
 
+def test_large_sizes_are_computed_once_and_named(target: Any) -> None:
+    """An index that divides by sums of open heights and widths occupies TVM's simplifier for minutes."""
+    n, h, w = symbols("n", "h", "w")
+    cells = [((h - 1) // side * 4 + 4) * ((w - 1) // side * 4 + 4) for side in (8, 16, 32)]
+    total = cells[0] + cells[1] + cells[2]
+    a = te.placeholder((n, 20, total), "float32")
+    like = te.placeholder((n, h, w), "float32")
+    group = Scheduled([a, like], te.compute((n, total, 20), lambda b, i, j: a(b, j, i)), target)
+    quotients = [line for line in str(group.function.body).splitlines() if "// T.int64(32)" in line]
+    assert all(line.startswith("sizes[") or " = T.Buffer(" in line for line in quotients)
+    for height, width in ((8, 8), (33, 70)):
+        count = sum(((height - 1) // s * 4 + 4) * ((width - 1) // s * 4 + 4) for s in (8, 16, 32))
+        x = numbers(2, 20, count)
+        found = group([x, numbers(2, height, width)], ((2, count, 20), "float32"))
+        assert np.array_equal(found, x.transpose(0, 2, 1))
+
+
 def test_joined_axes_of_symbolic_length(target: Any) -> None:
     (n,) = symbols("n")
     a = te.placeholder((n, 128, 3), "float32")

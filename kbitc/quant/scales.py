@@ -35,12 +35,15 @@ def store_scales(scales: FloatArray, scheme: QuantScheme) -> tuple[FloatArray, F
         return round_scales(scales, scheme), None
     flat = _groups(scales, scheme.scale_code)
     steps = _steps(flat.max(axis=1), scheme)
-    most = np.full_like(steps, scheme.largest_scale_code)
-    if scheme.scale_type is ScaleType.F16:
-        most = np.minimum(most, np.floor(LARGEST_F16 / steps))
-    codes = np.clip(np.rint(flat / steps[:, None]), 1, most[:, None])
+    codes = np.clip(np.rint(flat / steps[:, None]), 1, largest_codes(steps, scheme)[:, None])
     stored = (codes * steps[:, None]).reshape(-1)[: scales.size].reshape(scales.shape)
     return np.asarray(stored, np.float32), steps
+
+
+def largest_codes(steps: FloatArray, scheme: QuantScheme) -> FloatArray:
+    """The largest code of scales with these steps, of their shape: what the scheme and its scale type hold."""
+    most = np.full_like(steps, scheme.largest_scale_code)
+    return np.minimum(most, np.floor(LARGEST_F16 / steps)) if scheme.scale_type is ScaleType.F16 else most
 
 
 def round_scales(scales: FloatArray, scheme: QuantScheme) -> FloatArray:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
-from kbitc.quant.scales import round_offsets, round_scales
+from kbitc.quant.scales import largest_codes, round_offsets, round_scales, spread_steps
 from kbitc.quant.scheme import Granularity, QuantScheme, ScaleCode
 from kbitc.quant.tensor import Fill, QTensor, blocks_of
 
@@ -28,8 +28,8 @@ CHUNK = 1 << 17
 
 
 def searchable(scheme: QuantScheme) -> bool:
-    """Whether every scale can be chosen for itself; coded scales share a step."""
-    return scheme.scale_code is ScaleCode.PLAIN
+    """Whether every scale can be chosen for itself: any number, or a multiple of the step of its channel."""
+    return scheme.scale_code is not ScaleCode.DOUBLE
 
 
 def signed_scales(data_type: Format, scheme: QuantScheme) -> bool:
@@ -39,12 +39,15 @@ def signed_scales(data_type: Format, scheme: QuantScheme) -> bool:
     block. One scale a channel stays positive: static requantization multiplies by it.
     """
     lopsided = data_type.levels[0] != -data_type.levels[-1]
-    free = scheme.granularity is Granularity.BLOCK and searchable(scheme)
+    free = scheme.granularity is Granularity.BLOCK and scheme.scale_code is ScaleCode.PLAIN
     return lopsided and not data_type.asymmetric and free
 
 
-def store(scales: FloatArray, scheme: QuantScheme) -> FloatArray:
-    """Round scales of either sign to their storage type."""
+def store(scales: FloatArray, scheme: QuantScheme, steps: FloatArray | None = None) -> FloatArray:
+    """Round scales of either sign to their storage type, or positive ones to multiples of steps that broadcast."""
+    if steps is not None:
+        codes = np.clip(np.rint(scales / steps), 1, largest_codes(steps, scheme))
+        return np.asarray(codes * steps, np.float32)
     kept = round_scales(np.abs(scales), scheme)
     return np.asarray(np.where(scales < 0, -kept, kept), np.float32)
 
@@ -167,10 +170,19 @@ def fit_all(weight: FloatArray, importance: FloatArray, first: QTensor) -> QTens
     """The best fit of every block, starting from `first`; both arrays f32 [N, T, C]."""
     blocks, weights = to_blocks(weight, first.scheme, "edge"), to_blocks(importance, first.scheme)
     grid, fits = first.format.grid.astype(np.float32), []
+    steps = steps_of_blocks(first)
     for part, known in start_fit(first).parts(max(1, CHUNK // blocks.shape[1])):
         known.error = squared_error(blocks[part], weights[part], known.affine.values(grid[known.codes]))
-        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known))
+        own = None if steps is None else steps[part]
+        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known, own))
     return joined(first, fits)
+
+
+def steps_of_blocks(tensor: QTensor) -> FloatArray | None:
+    """The step of the scale of each block, f32 [blocks, 1]; None where scales are not multiples of one."""
+    if tensor.scale_steps is None:
+        return None
+    return spread_steps(tensor.scale_steps, tensor.scales.shape, tensor.scheme.scale_code).reshape(-1, 1)
 
 
 def joined(first: QTensor, fits: list[Fit]) -> QTensor:
@@ -191,7 +203,12 @@ def rebuilt(first: QTensor, codes: CodeArray, affine: Affine) -> QTensor:
 
 
 def fit_blocks(
-    weight: FloatArray, importance: FloatArray, data_type: Format, scheme: QuantScheme, start: Fit | None = None
+    weight: FloatArray,
+    importance: FloatArray,
+    data_type: Format,
+    scheme: QuantScheme,
+    start: Fit | None = None,
+    steps: FloatArray | None = None,
 ) -> Fit:
     """Least sum over a block of importance * (w - value)^2, over scales and zero points or offsets.
 
@@ -201,8 +218,10 @@ def fit_blocks(
         data_type: the grid.
         scheme: how scales are stored.
         start: a fit to improve on.
+        steps: f32 [blocks, 1], of which the scales are multiples; None where they are not.
     """
-    every = [trial for factor in FACTORS for trial in trials(*extent(weight, scheme, factor), data_type, scheme)]
+    ranges = (extent(weight, scheme, factor) for factor in FACTORS)
+    every = [trial for low, high in ranges for trial in trials(low, high, data_type, scheme, steps)]
     best = start or nearest(weight, importance, every[0], data_type)
     found = np.zeros(best.error.shape, np.bool_)
     for affine in every:
@@ -213,7 +232,8 @@ def fit_blocks(
     best.codes = np.where(found, encode(weight, best.affine, data_type), best.codes)
     for _ in range(REFINEMENTS):
         levels = data_type.grid.astype(np.float32)[best.codes]
-        best.take(nearest(weight, importance, refined(weight, importance, levels, best.affine, scheme), data_type))
+        affine = refined(weight, importance, levels, best.affine, scheme, steps)
+        best.take(nearest(weight, importance, affine, data_type))
         if scheme.zero_point:
             for step in (np.float32(-1), np.float32(1)):
                 zeros = np.clip(best.affine.zeros + step, data_type.levels[0], data_type.levels[-1])
@@ -232,30 +252,33 @@ def extent(weight: FloatArray, scheme: QuantScheme, share: np.float32) -> tuple[
     return share * low + rest * middle, share * high + rest * middle
 
 
-def trials(low: FloatArray, high: FloatArray, data_type: Format, scheme: QuantScheme) -> list[Affine]:
+def trials(
+    low: FloatArray, high: FloatArray, data_type: Format, scheme: QuantScheme, steps: FloatArray | None = None
+) -> list[Affine]:
     """Scales and zero levels that just cover low <= 0 to high >= 0, or with an offset any range."""
     bottom, top = np.float32(data_type.levels[0]), np.float32(data_type.levels[-1])
     if data_type.asymmetric:
-        scales = store((high - low) / (top - bottom), scheme)
+        scales = store((high - low) / (top - bottom), scheme, steps)
         if scheme.offset:
             return [Affine(scales, np.full_like(scales, bottom), round_offsets(low, scheme.scale_type))]
         return [Affine(scales, np.clip(np.rint(bottom - low / scales), bottom, top))]
     none = np.zeros_like(low)
-    found = [Affine(store(np.maximum(low / bottom, high / top), scheme), none)]
+    found = [Affine(store(np.maximum(low / bottom, high / top), scheme, steps), none)]
     if signed_scales(data_type, scheme):
         found.append(Affine(store(-np.maximum(-high / bottom, -low / top), scheme), none))
     return found
 
 
 def refined(
-    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme
-) -> Affine:
+    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme,
+    steps: FloatArray | None = None,
+) -> Affine:  # fmt: skip
     """The scales that fit given levels best, together with the offsets where there are some (a line of regression).
 
     The stored offset is the best one for the stored scale. A scale stays where it would turn its sign.
     """
     if affine.offsets is None:
-        scales = least_squares(weight, importance, levels - affine.zeros, affine.scales, scheme)
+        scales = least_squares(weight, importance, levels - affine.zeros, affine.scales, scheme, steps)
         return affine._replace(scales=scales)
     total = np.maximum(importance.sum(1, keepdims=True), np.finfo(np.float32).tiny)
     heights = levels - affine.zeros
@@ -266,13 +289,13 @@ def refined(
 
 def least_squares(
     weight: FloatArray, importance: FloatArray, levels: FloatArray, scales: FloatArray,
-    scheme: QuantScheme,
+    scheme: QuantScheme, steps: FloatArray | None = None,
 ) -> FloatArray:  # fmt: skip
     """The scale that fits given levels best, sum(h w q) / sum(h q^2); the old one where that turns its sign."""
     weighted = importance * levels
     product, square = (weighted * weight).sum(1, keepdims=True), (weighted * levels).sum(1, keepdims=True)
     usable = (square > 0) & (product * np.sign(scales) > 0)
-    return store(np.where(usable, product / np.where(usable, square, 1), scales).astype(np.float32), scheme)
+    return store(np.where(usable, product / np.where(usable, square, 1), scales).astype(np.float32), scheme, steps)
 
 
 def nearest(weight: FloatArray, importance: FloatArray, affine: Affine, data_type: Format) -> Fit:

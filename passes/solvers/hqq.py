@@ -25,7 +25,6 @@ from kbitc.passes.solvers._blocks import (
     extent,
     joined,
     least_squares,
-    searchable,
     start_fit,
     to_blocks,
     trials,
@@ -33,7 +32,7 @@ from kbitc.passes.solvers._blocks import (
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scales import round_offsets
-from kbitc.quant.scheme import QuantScheme
+from kbitc.quant.scheme import QuantScheme, ScaleCode
 from kbitc.quant.tensor import QTensor
 
 FloatArray = npt.NDArray[np.float32]
@@ -52,7 +51,7 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
         inputs: moments of what it is multiplied with; only a learned table looks at them.
     """
     first = rtn.solve(weight, scheme, inputs)
-    if not searchable(scheme):
+    if scheme.scale_code is not ScaleCode.PLAIN:
         return first
     blocks, there = to_blocks(weight, scheme, "edge"), to_blocks(np.ones_like(weight), scheme)
     parts = start_fit(first).parts(max(1, CHUNK // blocks.shape[1]))

@@ -3,8 +3,8 @@
 For each block minimises sum_j h_j (w_j - s * level_j)^2 over the scale s: a search over shares of the full range
 (Banner et al., arXiv 1810.05723), then alternately the least-squares s and the nearest codes. h_j = E[x_j^2], the
 diagonal of the layer's second moments, where there are calibration data; else 1, the plain error of the weights.
-Starts from round to nearest and keeps what is better, block by block: never worse than it. Scales that are stored as
-codes stay as round to nearest chose them.
+Starts from round to nearest and keeps what is better, block by block: never worse than it. Integer block scales are
+multiples of the step that round to nearest gives their channel; doubly quantized scales stay as it chose them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from kbitc.passes.solvers import gptq, mse_clip
+from kbitc.passes.solvers import gptq, mse_clip, rtn
 from kbitc.passes.solvers._blocks import signed_scales
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scheme import QuantScheme
@@ -75,6 +75,20 @@ def test_a_block_turns_its_grid_round_where_that_fits_better() -> None:
     found = mse_clip.solve(weight, QuantScheme.parse("int2:b16:f32"))
     assert found.scales.item() < 0
     np.testing.assert_allclose(found.dequantize(), weight, rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["int3:b16/i4", "int4:b32/i4:f32", "uint4:b32/i4:zp"])
+def test_integer_block_scales_are_searched_too(text: str) -> None:
+    """They stay multiples of the channel's step, which `QTensor` checks."""
+    rng, scheme = np.random.default_rng(3), QuantScheme.parse(text)
+    weight, inputs = rng.standard_t(4, size=(16, 1, 64)).astype(np.float32), inputs_of(correlated(64))
+    plain = rtn.solve(weight, scheme)
+    for found, power in (
+        (mse_clip.solve(weight, scheme), lambda error: np.square(error).sum()),
+        (gptq.solve(weight, scheme, inputs), lambda error: inputs.output_power(error).sum()),
+    ):
+        assert power(weight - found.dequantize()) < power(weight - plain.dequantize())
+        assert (found.scales != plain.scales).any() and found.scale_steps is not None
 
 
 def test_only_float_block_scales_of_a_lopsided_grid_are_signed() -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeAlias
 
+import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc import catalog
 from kbitc.graph import ops
 from kbitc.importer.batches import Batches
+from kbitc.passes.allocate.measured import BATCH_BYTES, BATCHES, least_noise
 from kbitc.passes.allocate.static import Wishes, observable, plan_static
 from kbitc.passes.calibrate.collect import cached
 from kbitc.quant.plan import FLOAT, UINT8, PlanEntry, QuantPlan
 from kbitc.quant.static import INTEGER, StaticPlan
+from kbitc.quant.stats import CalibrationStats, ValueStats
 from kbitc.quant.tensor import QTensor
 
 OBSERVERS = "kbitc.passes.observers"
+Feeds: TypeAlias = Mapping[str, npt.NDArray[Any]]
+Range: TypeAlias = tuple[float, float]
+Ranges: TypeAlias = Mapping[str, Range]
 
 
 def plan_activations(
@@ -44,13 +51,48 @@ def plan_activations(
         UsageError: there is no such observer.
         CalibrationError: the data do not fit the model.
     """
-    observe = catalog.find(OBSERVERS, observer, "observer").observe
+    module = catalog.find(OBSERVERS, observer, "observer")
     stats = cached(model, observable(model), batches)
     chosen = {entry.tensor for entry in plan.quantized() if entry.activation == UINT8}
     refused = {entry.tensor: entry.reason for entry in plan.entries if entry.tensor not in chosen}
-    wishes = Wishes(observe, observer, bits, f"{stats.batches} batches", integer_only)
-    static = plan_static(model, {name: tensors[name] for name in chosen}, refused, stats, wishes)
+    wishes = Wishes(module.observe, observer, bits, f"{stats.batches} batches", integer_only)
+    known = {name: tensors[name] for name in chosen}
+
+    def planned(ranges: Ranges) -> StaticPlan:
+        return plan_static(model, known, refused, stats, replace(wishes, ranges=ranges))
+
+    static = planned({})
+    if hasattr(module, "candidates"):
+        feeds = batches.spread(BATCHES, BATCH_BYTES)
+        static = planned(measured_ranges(model, planned, _candidates(module.candidates, static, stats), feeds))
     return QuantPlan(tuple(_settled(model, entry, static) for entry in plan.entries), static)
+
+
+def measured_ranges(
+    model: ir.Model, planned: Callable[[Ranges], StaticPlan], candidates: Mapping[str, list[Range]],
+    feeds: Sequence[Feeds],
+) -> Ranges:  # fmt: skip
+    """Value -> that one of its candidates which does least to the outputs, where it is not the first.
+
+    Args:
+        model: canonical graph.
+        planned: the plan with these ranges of values.
+        candidates: value -> ranges to choose from, in order.
+        feeds: samples.
+    """
+    turns = range(max(map(len, candidates.values()), default=0))
+    plans = [planned({name: every[min(turn, len(every) - 1)] for name, every in candidates.items()}) for turn in turns]
+    offers = {name: [plans[turn].codes(name) for turn in range(len(every))] for name, every in candidates.items()}
+    best = least_noise(model, offers, feeds)
+    return {name: candidates[name][index] for name, index in best.items() if index}
+
+
+def _candidates(
+    offered: Callable[[ValueStats, int], list[Range]], static: StaticPlan, stats: CalibrationStats
+) -> dict[str, list[Range]]:
+    """The ranges to choose from of each value that has one of its own."""
+    own = [entry for entry in static.values if entry.reason.startswith(static.observer)]
+    return {entry.value: offered(stats.values[entry.value], 1 << entry.codes.bits) for entry in own}
 
 
 def _settled(model: ir.Model, entry: PlanEntry, static: StaticPlan) -> PlanEntry:

@@ -46,7 +46,7 @@ class Probe:
         self._session = Session(copy)
         self._feeds = [dict(item) for item in feeds[:MAX_BATCHES]]
         self.original = [self._run(item, {}) for item in self._feeds]
-        self._signal = _signal(self.original)
+        self._signal = signal_of(self.original)
 
     def noise(self, changed: Mapping[str, Array]) -> float:
         """Mean over the float outputs of sum((y - y')^2) / sum(y^2), with these weights in place of their own.
@@ -59,7 +59,7 @@ class Probe:
         for feed, expected in zip(self._feeds, self.original, strict=True):
             found = self._run(feed, arrays)
             for name in total:
-                total[name] += _difference(expected[name], found[name])
+                total[name] += difference(expected[name], found[name])
         ratios = [min(LOST, total[name] / signal) for name, signal in self._signal.items()]
         return float(np.mean(ratios)) if ratios else 0.0
 
@@ -70,7 +70,7 @@ class Probe:
         return self._session.run({**feed, **self._weights, **changed})
 
 
-def _signal(outputs: Iterable[Mapping[str, Array]]) -> dict[str, float]:
+def signal_of(outputs: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """Energy of every floating-point output; integer ones when there are no others. Outputs of zeros are left out."""
     total: dict[str, float] = {}
     integers: dict[str, float] = {}
@@ -82,7 +82,8 @@ def _signal(outputs: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     return {name: energy for name, energy in (total or integers).items() if energy > 0}
 
 
-def _difference(expected: Array, found: Array) -> float:
+def difference(expected: Array, found: Array) -> float:
+    """sum((y - y')^2) over what is finite in y; infinity for another shape or numbers that are lost."""
     if expected.shape != found.shape:
         return float("inf")
     known = np.isfinite(expected)

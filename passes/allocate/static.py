@@ -53,6 +53,7 @@ class Wishes:
         data: where the statistics come from.
         integer_only: no float node may be left.
         keep_float: node name -> why it must stay float.
+        ranges: value name -> the range that it gets in place of what `observe` says.
     """
 
     observe: Observe
@@ -61,6 +62,7 @@ class Wishes:
     data: str
     integer_only: bool = False
     keep_float: Mapping[str, str] = field(default_factory=dict)
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def observable(model: ir.Model) -> list[str]:
@@ -203,7 +205,7 @@ class Ranges:
         if array is not None:
             return codes_for(float(array.min()), float(array.max()), EDGE_BITS), "the range of the constant"
         stats = self.stats.values[value.name or ""]
-        low, high = self.wishes.observe(stats, 1 << bits)
+        low, high = self.wishes.ranges.get(value.name or "") or self.wishes.observe(stats, 1 << bits)
         reason = f"{self.wishes.observer} of {stats.count} numbers in [{stats.low:.6g}, {stats.high:.6g}]"
         if value in self.edges:
             reason += f"; {EDGE_BITS} bits: read by the first or last layer"

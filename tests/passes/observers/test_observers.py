@@ -7,9 +7,10 @@ import numpy.typing as npt
 import pytest
 
 from kbitc import catalog
+from kbitc.passes.observers import measured
 from kbitc.quant.stats import ValueStats
 
-OBSERVERS = ("entropy", "minmax", "moving_average", "mse", "per_token", "percentile")
+OBSERVERS = ("entropy", "measured", "minmax", "moving_average", "mse", "per_token", "percentile")
 Float = npt.NDArray[np.float32]
 
 
@@ -94,3 +95,21 @@ def test_entropy_clips_a_far_outlier_and_keeps_a_uniform_range() -> None:
     uniform = rng.random(200_000) * 2 - 1
     low, high = observe("entropy", stats_of(uniform))
     assert high > 0.95 and low < -0.95
+
+
+def test_measured_offers_ranges_from_the_percentile_to_everything_seen() -> None:
+    numbers = np.concatenate([np.random.default_rng(0).standard_normal(100_000), [40.0, -9.0]])
+    stats = stats_of(numbers.reshape(1, -1))
+    offered = measured.candidates(stats, 256)
+    assert offered[0] == observe("percentile", stats) == observe("measured", stats)
+    assert (stats.low, stats.high) in [pytest.approx(each) for each in offered]
+    for index, (low, high) in enumerate(offered):
+        for other in offered[:index]:
+            ratios = [max(one, two) / min(one, two) for one, two in zip((low, high), other, strict=True)]
+            assert max(ratios) > measured.APART
+
+
+def test_measured_offers_one_range_of_numbers_without_outliers() -> None:
+    stats = stats_of(np.random.default_rng(0).uniform(0, 1, (100, 100)))
+    assert len(measured.candidates(stats, 256)) == 1
+    assert measured.candidates(stats_of(np.zeros((4, 4))), 256) == [(0.0, 0.0)]

@@ -1,0 +1,83 @@
+"""Ranges chosen by what they do to the outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from kbitc import driver, options
+from kbitc.importer.feeds import open_batches
+from kbitc.options import Method
+from kbitc.passes.allocate.activations import plan_activations
+from kbitc.passes.allocate.measured import alive_behind, least_noise, rounded
+from kbitc.passes.canonicalize import canonicalize
+from kbitc.passes.solve import solve_weights
+from kbitc.quant.static import codes_for
+from kbitc.targets.target import parse_target
+from tests.support.onnx_text import model
+
+Array = npt.NDArray[Any]
+GRAPH = "agraph (float[64, 4] x) => (float[64, 2] y) { h = Relu(x)  y = MatMul(h, w) }"
+NARROW, WIDE = codes_for(0.0, 4.0, 8), codes_for(0.0, 100.0, 8)
+
+
+def outlier(read: float) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Weights and samples: channel 3 is 100 in one row, and read with this weight."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 4, (64, 4)).astype(np.float32)
+    x[5, 3] = 100
+    w = rng.normal(size=(4, 2)).astype(np.float32)
+    w[3] = read
+    return {"w": w}, {"x": x}
+
+
+@pytest.mark.parametrize(("read", "best"), [(0.0, 0), (1.0, 1)])
+def test_an_outlier_is_clipped_only_where_the_outputs_do_not_need_it(read: float, best: int) -> None:
+    weights, feeds = outlier(read)
+    found = least_noise(model(GRAPH, weights), {"h": [NARROW, WIDE]}, [feeds])
+    assert found == {"h": best}
+    assert least_noise(model(GRAPH, weights), {"h": [WIDE, NARROW]}, [feeds]) == {"h": 1 - best}
+
+
+def test_outputs_and_values_with_one_range_keep_it() -> None:
+    weights, feeds = outlier(1.0)
+    offers = {"y": [NARROW, WIDE], "h": [NARROW], "missing": [NARROW, WIDE]}
+    assert least_noise(model(GRAPH, weights), offers, [feeds]) == dict.fromkeys(offers, 0)
+
+
+def test_what_is_alive_behind_each_value() -> None:
+    graph = model("agraph (float[2] x) => (float[2] y) { a = Relu(x)  b = Abs(a)  c = Neg(b)  y = Add(a, c) }")
+    assert alive_behind(graph) == {"a": ["a"], "b": ["a", "b"], "c": ["a", "c"], "y": ["y"]}
+
+
+def test_rounded_is_what_the_codes_give() -> None:
+    codes = codes_for(-1.0, 3.0, 4)
+    numbers = np.array([-9, -1.01, 0, 0.13, 0.14, 2.9, 9], np.float32)
+    wanted = [codes.scale * (codes.code_of(float(number)) - codes.zero) for number in numbers]
+    np.testing.assert_allclose(rounded(numbers, codes), wanted, rtol=2.0**-23)
+
+
+def test_the_plan_takes_the_measured_range(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ends = {}
+    feeds = [{"x": np.random.default_rng(seed).uniform(0, 4, (256, 4)).astype(np.float32)} for seed in range(32)]
+    feeds[0]["x"][5, 3] = 10000  # one number of 32768: outside of the percentile
+    for observer in ("percentile", "measured"):
+        # Two products: the first reads the graph's input, the second the value with the outlier.
+        graph = canonicalize(
+            model(
+                "agraph (float[256, 4] x) => (float[256, 2] y) { v = MatMul(x, u)  h = Relu(v)  y = MatMul(h, w) }",
+                {"u": np.eye(4, dtype=np.float32), "w": np.full((4, 2), 1.0, np.float32)},
+            )
+        )
+        wishes = options.from_arguments(bits=8, activations="static", observer=observer)
+        plan, kinds = driver.make_plan(graph, wishes, parse_target("reference"))
+        tensors = solve_weights(graph, plan, kinds, Method("rtn")).tensors
+        made = plan_activations(graph, plan, tensors, open_batches(graph, feeds), observer=observer, bits=8)
+        assert made.static is not None
+        codes = made.static.codes("h")
+        ends[observer] = codes.scale * (codes.high - codes.zero)
+    assert ends["percentile"] < 9999 < 10001 <= ends["measured"] * (1 + 2**-8)

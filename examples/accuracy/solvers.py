@@ -46,6 +46,7 @@ BLOCK = 32
 #: Name of the row -> options of `kbitc quantize`; "data": whether calibration data are given.
 ROWS: dict[str, dict[str, Any]] = {
     "rtn": {"solver": "rtn"},
+    "four_scales": {"solver": "four_scales"},
     "mse_clip": {"solver": "mse_clip"},
     "hqq": {"solver": "hqq"},
     "rtn, bias": {"solver": "rtn", "data": True},

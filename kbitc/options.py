@@ -20,8 +20,8 @@ DEFAULT_BLOCK = 32
 DEFAULT_FORM = "onnx"
 ACTIVATIONS = {"float": FLOAT, "dynamic": INT8, "static": UINT8}
 ACT_BITS = range(4, 9)
-#: The observer that loses least on the examples: most networks have a few numbers far outside the rest.
-DEFAULT_OBSERVER = "percentile"
+#: The observer that loses least on the examples: whether numbers far outside the rest count, only the outputs tell.
+DEFAULT_OBSERVER = "measured"
 SOLVERS = "kbitc.passes.solvers"
 EQUALIZERS = "kbitc.passes.equalize"
 CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"

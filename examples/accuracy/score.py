@@ -88,6 +88,7 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W4A8 dynamic gptq": {"bits": 4, "activations": "dynamic", "solver": "gptq", "calibrated": True},
     "W8A8 static": {"scheme": "int8:c", "activations": "static", "calibrated": True},
     "W4A8 static": {"bits": 4, "activations": "static", "calibrated": True},
+    "W4A8 static b32/i4": {"scheme": "int4:b32/i4", "activations": "static", "calibrated": True},
     "W8A8 integer-only": {"scheme": "int8:c", "integer_only": True, "calibrated": True},
 }
 

@@ -22,8 +22,13 @@ def test_no_block_is_worse_than_rounded_to_nearest(text: str) -> None:
 
 def test_every_scale_is_taken_where_it_fits() -> None:
     """-2 .. 1: nothing clipped, half a step clipped, turned round, and both."""
-    rows = [[-2, 1, 1, -2], [-2.4, 1.4, -1, 0], [2, -1, -1, 2], [2.4, -1.4, 1, 0]]
-    weight = np.array(rows, np.float32).reshape(4, 1, 4)
+    rows = [
+        [-2, 1, 1, -2, 1, 0],
+        [-2.4, 1.4, -1, 1, -1, 1],
+        [2, -1, -1, 2, -1, 0],
+        [2.4, -1.4, 1, -1, 1, -1],
+    ]
+    weight = np.array(rows, np.float32).reshape(4, 1, 6)
     found = four_scales.solve(weight, QuantScheme.parse("int2:b16:f32"))
     np.testing.assert_allclose(found.scales.reshape(-1), [1, 2.4 / 2.5, -1, -2.4 / 2.5], rtol=2.0**-22)
 

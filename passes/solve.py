@@ -14,7 +14,8 @@ from kbitc import catalog
 from kbitc.errors import UsageError
 from kbitc.graph import edit, ops
 from kbitc.options import EQUALIZERS, SOLVERS, Method
-from kbitc.passes.calibrate.moments import Reader, in_groups, moments, readers
+from kbitc.passes.calibrate.moments import BUDGET, Reader, in_groups, moments, readers
+from kbitc.passes.calibrate.paired import Pair, paired_moments
 from kbitc.passes.equalize import Setting, bias_correction
 from kbitc.passes.solvers import rtn
 from kbitc.quant.metrics import sqnr_db
@@ -28,8 +29,8 @@ Feeds = Mapping[str, npt.NDArray[Any]]
 BIAS_CORRECTION = "bias_correction"
 #: Equalizers that do nothing without calibration data.
 NEED_DATA = ("awq", "norm_outliers", "smoothquant")
-#: Parts into which `sequential` cuts the layers of a model.
-PARTS = 12
+#: Parts into which `sequential` cuts the layers of a model, where it has so many.
+PARTS = 64
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,18 @@ def _watch(
 ) -> Iterator[tuple[list[Reader], dict[str, InputMoments]]]:
     """Groups of layers with the moments of their inputs: in the float model, or `sequential` as they will be."""
     sequential = work.method.sequential
-    groups = in_groups(watched, parts=PARTS if sequential else 1)
+    # Pairs are two moments.
+    groups = in_groups(watched, BUDGET // 2, PARTS) if sequential else in_groups(watched)
     for number, group in enumerate(groups, 1):
         work.progress(f"calibrate layers {number} of {len(groups)}")
         inputs = (
             {} if memo is None else {reader.tensor: memo[reader.tensor] for reader in group if reader.tensor in memo}
         )
-        if len(inputs) < len(group):
-            inputs = moments(work.running() if sequential else work.original, group, feeds)
+        if sequential:
+            work.pair(group, feeds)
+            inputs = {name: pair.inputs for name, pair in work.pairs.items()}
+        elif len(inputs) < len(group):
+            inputs = moments(work.original, group, feeds)
         if memo is not None:
             memo.update(inputs)
         work.progress(f"solve layers {number} of {len(groups)}")
@@ -139,6 +144,12 @@ class _Work:
         self.nodes = {node.name: node for node in self.model.graph}
         self.tensors: dict[str, QTensor] = {}
         self.fits: dict[str, Fit] = {}
+        self.pairs: dict[str, Pair] = {}
+
+    def pair(self, group: Sequence[Reader], feeds: Sequence[Feeds]) -> None:
+        """Look at the inputs of a group of layers, in the float model and as they are by now."""
+        centred = BIAS_CORRECTION in self.method.equalizers
+        self.pairs = paired_moments(self.original, self.running(), group, feeds, centred=centred)
 
     def view(self, name: str) -> FloatArray:
         """A weight as f32 [N, T, C]."""
@@ -148,6 +159,8 @@ class _Work:
     def solve(self, name: str, scheme: Any, inputs: InputMoments | None) -> None:
         """Quantize one weight and note how well that went."""
         weight = self.view(name)
+        if name in self.pairs:
+            weight = self.pairs[name].target(weight)
         tensor = self.solver.solve(weight, scheme, inputs)
         self.tensors[name] = tensor
         plain = after = None
@@ -162,11 +175,14 @@ class _Work:
         """Correct the bias behind the only node that reads a weight.
 
         Only what this weight's own rounding takes from the mean is given back. What comes in from earlier layers is
-        theirs to correct: layers of one group are watched together and would each correct it once more.
+        theirs to correct: layers of one group are watched together and would each correct it once more. `sequential`
+        sees what they left and corrects it too.
         """
         if BIAS_CORRECTION not in self.method.equalizers or inputs is None or len(reader.nodes) != 1:
             return
-        amount = bias_correction.shift(self.view(reader.tensor), self.tensors[reader.tensor], inputs)
+        weight, tensor = self.view(reader.tensor), self.tensors[reader.tensor]
+        pair = self.pairs.get(reader.tensor)
+        amount = bias_correction.shift(weight, tensor, inputs) if pair is None else pair.shift(weight, tensor)
         if amount.any():
             bias_correction.add_to_bias(self.nodes[reader.nodes[0].name], amount)
 

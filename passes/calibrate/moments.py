@@ -99,13 +99,13 @@ def moments(model: ir.Model, group: Sequence[Reader], feeds: Sequence[Feeds]) ->
 
     Weights that read the same rows share one object. A weight that no row reaches is left out.
     """
-    sums = {reader.key: _Sums.zeros(reader.groups, reader.size) for reader in group}
+    sums = {reader.key: Sums.zeros(reader.groups, reader.size) for reader in group}
     nodes = {reader.key: reader.nodes for reader in group}
-    names = sorted({_source(node) for reader in group for node in reader.nodes})
+    names = sorted({source_of(node) for reader in group for node in reader.nodes})
     for values in stream(model, names, in_fixed_order(feeds)):
         for key, total in sums.items():
             for node in nodes[key]:
-                total.add(rows(node, values[_source(node)], row_limit(total.size, len(feeds))))
+                total.add(rows(node, values[source_of(node)], row_limit(total.size, len(feeds))))
     made = {key: total.finish() for key, total in sums.items() if total.count}
     return {reader.tensor: made[reader.key] for reader in group if reader.key in made}
 
@@ -128,7 +128,7 @@ def _digest(feed: Feeds) -> bytes:
     return found.digest()
 
 
-def _source(node: ir.Node) -> str:
+def source_of(node: ir.Node) -> str:
     """Name of the activation that a node reads."""
     value = node.inputs[ops.WEIGHT_USES[node.op_type].activation_input or 0]
     return (value.name if value is not None else None) or ""
@@ -137,14 +137,14 @@ def _source(node: ir.Node) -> str:
 def _geometry(node: ir.Node) -> tuple[object, ...]:
     """Which rows a node cuts out of which value."""
     if node.op_type != "Conv":
-        return (_source(node),)
+        return (source_of(node),)
     names = ("strides", "dilations", "pads")
     numbers = tuple(tuple(node.attributes.get_ints(name, ())) for name in names)
-    return (_source(node), ops.kernel_shape(node), ops.conv_group(node), *numbers)
+    return (source_of(node), ops.kernel_shape(node), ops.conv_group(node), *numbers)
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]; peak f32 [G, K]."""
 
     second: npt.NDArray[np.float64]
@@ -159,7 +159,7 @@ class _Sums:
         return int(self.second.shape[1])
 
     @classmethod
-    def zeros(cls, groups: int, size: int) -> _Sums:
+    def zeros(cls, groups: int, size: int) -> Sums:
         """Nothing added yet."""
         rows = (groups, size)
         return cls(np.zeros((*rows, size)), np.zeros(rows), np.zeros(rows), np.zeros(rows, np.float32))

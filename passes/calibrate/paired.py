@@ -1,0 +1,129 @@
+"""Moments of a layer's inputs in the float model and in the model quantized so far, row by row together.
+
+A layer that gets x' in place of x should still give W x. The weight that does so best,
+
+    W* = argmin E|W x - W* x'|^2 + r |W* - W|^2 = W (E[x x'^T] + r) (E[x' x'^T] + r)^-1
+
+is rounded in the place of W (asymmetric calibration; Li et al., "GPTAQ", arXiv 2504.02692), so that each layer makes
+up for what those before it lost. Where the bias gives the mean back, x and x' are taken without their means. The
+ridge r is K / rows of the mean energy of x', since few rows tell products of different inputs badly, and DAMPING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from kbitc.passes.calibrate.moments import Reader, Sums, in_fixed_order, row_limit, source_of
+from kbitc.passes.calibrate.stream import stream
+from kbitc.passes.calibrate.unfold import rows
+from kbitc.quant.moments import InputMoments
+from kbitc.quant.tensor import QTensor
+
+FloatArray = npt.NDArray[np.float32]
+#: Share of the mean energy that the ridge has at least.
+DAMPING = 1e-3
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is known of the inputs of one weight.
+
+    Attributes:
+        inputs: moments of x'; without its mean in `second` where `centred`.
+        cross: f64 [G, K, K], E[x x'^T], without the means where `centred`.
+        mean: f64 [G, K], E[x].
+        centred: the bias will give the mean back.
+    """
+
+    inputs: InputMoments
+    cross: npt.NDArray[np.float64]
+    mean: npt.NDArray[np.float64]
+    centred: bool
+
+    def target(self, weight: FloatArray) -> FloatArray:
+        """W* of a weight f32 [N, T, C]."""
+        second = self.inputs.second.astype(np.float64)
+        groups, size = second.shape[:2]
+        energy = np.trace(second, axis1=1, axis2=2) / size
+        share = size / self.inputs.count + DAMPING
+        ridge = np.where(energy > 0, share * energy, 1.0)[:, None, None] * np.eye(size)
+        wanted = weight.reshape(groups, -1, size).astype(np.float64) @ (self.cross + ridge)
+        found = np.linalg.solve(second + ridge, wanted.transpose(0, 2, 1)).transpose(0, 2, 1)
+        return np.asarray(found.reshape(weight.shape), np.float32)
+
+    def shift(self, weight: FloatArray, tensor: QTensor) -> FloatArray:
+        """W E[x] - Wq E[x'], what the mean of each output channel lost, f32 [N]."""
+        groups, size = self.mean.shape
+        views = (array.reshape(groups, -1, size).astype(np.float64) for array in (weight, tensor.dequantize()))
+        means = (self.mean, self.inputs.mean.astype(np.float64))
+        before, after = (view @ mean[:, :, None] for view, mean in zip(views, means, strict=True))
+        return np.asarray((before - after).reshape(-1), np.float32)
+
+
+def paired_moments(
+    original: ir.Model, quantized: ir.Model, group: Sequence[Reader], feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
+    *, centred: bool,
+) -> dict[str, Pair]:  # fmt: skip
+    """Run both models over all batches and give the pairs of a group of weights by name.
+
+    Args:
+        original: the float model.
+        quantized: the same nodes by name, with the weights of earlier layers quantized.
+        group: weights; those that no row reaches are left out.
+        feeds: samples.
+        centred: biases will give back the mean, where one node alone reads the weight.
+    """
+    there = {node.name: node for node in quantized.graph}
+    readers = {reader.key: reader for reader in group}
+    sums = {key: _Pairs.zeros(reader) for key, reader in readers.items()}
+    ours = sorted({source_of(node) for reader in group for node in reader.nodes})
+    theirs = sorted({source_of(there[node.name]) for reader in group for node in reader.nodes})
+    batches = in_fixed_order(feeds)
+    for before, after in zip(stream(original, ours, batches), stream(quantized, theirs, batches), strict=True):
+        for key, reader in readers.items():
+            limit = row_limit(reader.size, len(feeds))
+            for node in reader.nodes:
+                value = after[source_of(there[node.name])]
+                sums[key].add(rows(node, before[source_of(node)], limit), rows(node, value, limit))
+    return {
+        reader.tensor: sums[reader.key].finish(centred and len(reader.nodes) == 1)
+        for reader in group
+        if sums[reader.key].after.count
+    }
+
+
+@dataclass
+class _Pairs:
+    """Running sums of both sets of rows."""
+
+    after: Sums
+    cross: npt.NDArray[np.float64]
+    first: npt.NDArray[np.float64]
+
+    @classmethod
+    def zeros(cls, reader: Reader) -> _Pairs:
+        after = Sums.zeros(reader.groups, reader.size)
+        return cls(after, np.zeros_like(after.second), np.zeros_like(after.first))
+
+    def add(self, before: FloatArray, after: FloatArray) -> None:
+        """Take in rows f32 [G, rows, K] of both models; those that are not finite in either are left out."""
+        finite = np.isfinite(before).all(axis=(0, 2)) & np.isfinite(after).all(axis=(0, 2))
+        before, after = before[:, finite], after[:, finite]
+        self.after.add(after)
+        self.cross += before.transpose(0, 2, 1).astype(np.float64) @ after
+        self.first += before.sum(axis=1, dtype=np.float64)
+
+    def finish(self, centred: bool) -> Pair:
+        inputs, cross, mean = self.after.finish(), self.cross / self.after.count, self.first / self.after.count
+        if centred:
+            other = inputs.mean.astype(np.float64)
+            centre = other[:, :, None] * other[:, None, :]
+            inputs = replace(inputs, second=np.asarray(inputs.second - centre, np.float32))
+            cross = cross - mean[:, :, None] * other[:, None, :]
+        return Pair(inputs, cross, mean, centred)

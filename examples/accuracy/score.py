@@ -61,6 +61,20 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W4A8 dynamic": {"bits": 4, "activations": "dynamic"},
     "W4 mse_clip": {"bits": 4, "activations": "float", "solver": "mse_clip"},
     "W4 gptq": {"bits": 4, "activations": "float", "solver": "gptq", "calibrated": True},
+    "W4 gptq sequential": {
+        "bits": 4,
+        "activations": "float",
+        "solver": "gptq",
+        "sequential": True,
+        "calibrated": True,
+    },  # fmt: skip
+    "W3 gptq sequential": {
+        "bits": 3,
+        "activations": "float",
+        "solver": "gptq",
+        "sequential": True,
+        "calibrated": True,
+    },  # fmt: skip
     "W4 awq": {"bits": 4, "activations": "float", "solver": "awq", "calibrated": True},
     "W4 hqq": {"bits": 4, "activations": "float", "solver": "hqq"},
     "W3 gptq": {"bits": 3, "activations": "float", "solver": "gptq", "calibrated": True},

@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from kbitc.passes.solvers import rtn
 from kbitc.passes.solvers._blocks import (
-    from_blocks,
+    Affine,
+    joined,
     nearest,
-    rebuilt,
     signed_scales,
     squared_error,
     start_fit,
@@ -51,10 +51,10 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
         return first
     blocks, best = to_blocks(weight, scheme), start_fit(first)
     there = to_blocks(np.ones_like(weight), scheme)  # 0 where a block has ended
-    best.error = squared_error(blocks, there, best.scales * data_type.grid.astype(np.float32)[best.codes])
+    best.error = squared_error(blocks, there, best.affine.values(data_type.grid.astype(np.float32)[best.codes]))
     for scales in other_scales(blocks, data_type, scheme):
-        best.take(nearest(blocks, there, scales, np.zeros_like(scales), data_type))
-    return rebuilt(first, from_blocks(best.codes, first.shape, scheme), best.scales, best.zeros)
+        best.take(nearest(blocks, there, Affine(scales, np.zeros_like(scales)), data_type))
+    return joined(first, [best])
 
 
 def other_scales(blocks: FloatArray, data_type: Format, scheme: QuantScheme) -> list[FloatArray]:

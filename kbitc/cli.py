@@ -43,7 +43,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--act-bits", type=int, help="Bits of a static activation, 4 to 8.  [default: 8]"),
         click.option("--integer-only", is_flag=True, help="Static, with no float operator between input and output."),
-        click.option("--observer", help="Ranges of static activations: minmax, percentile, mse, entropy ..."),
+        click.option("--observer", help="Ranges of static activations: measured, percentile, minmax, mse ..."),
         click.option("--target", default="host", show_default=True, help="See `kbitc targets`."),
         click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224", help="Fix an input's shape."),
         click.option("--constant", "constants", multiple=True, metavar="NAME=16000", help="Fix an input's value."),

@@ -12,9 +12,10 @@ import onnx_ir as ir
 from kbitc import catalog
 from kbitc.graph import ops
 from kbitc.importer.batches import Batches
-from kbitc.passes.allocate.measured import BATCH_BYTES, BATCHES, least_noise
+from kbitc.passes.allocate.measured import BATCHES, least_noise
 from kbitc.passes.allocate.static import Wishes, observable, plan_static
 from kbitc.passes.calibrate.collect import cached
+from kbitc.passes.calibrate.moments import fixed_sample
 from kbitc.quant.plan import FLOAT, UINT8, PlanEntry, QuantPlan
 from kbitc.quant.static import INTEGER, StaticPlan
 from kbitc.quant.stats import CalibrationStats, ValueStats
@@ -63,7 +64,7 @@ def plan_activations(
 
     static = planned({})
     if hasattr(module, "candidates"):
-        feeds = batches.spread(BATCHES, BATCH_BYTES)
+        feeds = fixed_sample(batches, BATCHES)
         static = planned(measured_ranges(model, planned, _candidates(module.candidates, static, stats), feeds))
     return QuantPlan(tuple(_settled(model, entry, static) for entry in plan.entries), static)
 

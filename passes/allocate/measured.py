@@ -19,8 +19,8 @@ from kbitc.passes.calibrate.stream import only
 from kbitc.quant.static import Codes
 
 Array = npt.NDArray[Any]
-#: Batches that one measurement runs on, and their bytes.
-BATCHES, BATCH_BYTES = 2, 1 << 24
+#: Batches that one measurement runs on.
+BATCHES = 2
 #: Share of the noise that another range has to save: less is chance.
 WORTH = 0.05
 

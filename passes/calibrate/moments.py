@@ -10,7 +10,8 @@ their SHA-256: the same data in another order give the same bits.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +119,11 @@ def row_limit(size: int, batches: int) -> int:
 def in_fixed_order(feeds: Sequence[Feeds]) -> list[Feeds]:
     """The batches in the order of the SHA-256 of what they hold."""
     return sorted(feeds, key=_digest)
+
+
+def fixed_sample(feeds: Iterable[Feeds], count: int) -> list[Feeds]:
+    """So many batches, the same ones for any order of the batches: those with the smallest SHA-256."""
+    return heapq.nsmallest(count, feeds, key=_digest)
 
 
 def _digest(feed: Feeds) -> bytes:

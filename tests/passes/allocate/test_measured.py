@@ -13,6 +13,7 @@ from kbitc.importer.feeds import open_batches
 from kbitc.options import Method
 from kbitc.passes.allocate.activations import plan_activations
 from kbitc.passes.allocate.measured import alive_behind, least_noise, rounded
+from kbitc.passes.calibrate.moments import fixed_sample
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.solve import solve_weights
 from kbitc.quant.static import codes_for
@@ -60,16 +61,23 @@ def test_rounded_is_what_the_codes_give() -> None:
     np.testing.assert_allclose(rounded(numbers, codes), wanted, rtol=2.0**-23)
 
 
+def test_the_sample_is_the_same_in_any_order() -> None:
+    feeds = [{"x": np.full((2, 2), number, np.float32)} for number in range(5)]
+    ahead, back = fixed_sample(feeds, 2), fixed_sample(feeds[::-1], 2)
+    assert [feed["x"].tolist() for feed in ahead] == [feed["x"].tolist() for feed in back] and len(ahead) == 2
+
+
 def test_the_plan_takes_the_measured_range(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ends = {}
-    feeds = [{"x": np.random.default_rng(seed).uniform(0, 4, (256, 4)).astype(np.float32)} for seed in range(32)]
-    feeds[0]["x"][5, 3] = 10000  # one number of 32768: outside of the percentile
+    feeds = [{"x": np.random.default_rng(seed).uniform(0, 4, (8192, 4)).astype(np.float32)} for seed in range(3)]
+    for feed in feeds:
+        feed["x"][5, 3] = 10000  # one number of 32768: outside of the percentile
     for observer in ("percentile", "measured"):
         # Two products: the first reads the graph's input, the second the value with the outlier.
         graph = canonicalize(
             model(
-                "agraph (float[256, 4] x) => (float[256, 2] y) { v = MatMul(x, u)  h = Relu(v)  y = MatMul(h, w) }",
+                "agraph (float[8192, 4] x) => (float[8192, 2] y) { v = MatMul(x, u)  h = Relu(v)  y = MatMul(h, w) }",
                 {"u": np.eye(4, dtype=np.float32), "w": np.full((4, 2), 1.0, np.float32)},
             )
         )

@@ -70,8 +70,10 @@ def compile_tiny(target_name: str, negated: bool = False) -> Tiny:
     import tvm
     from tvm import relax
 
+    from kbitc.targets.build import relax_pipeline
+
     target = parse_target(target_name)
-    built = relax.build(module(negated), tvm.target.Target(target.tvm))
+    built = relax.build(module(negated), tvm.target.Target(target.tvm), relax_pipeline=relax_pipeline())
     return Tiny(target, export_library(built, target), weights(), negated)
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from kbitc.graph import integer_functions, integer_nonlinear, integer_reduce
+from kbitc.graph.integer_text import BLOCK_OF_CHANNEL
 from kbitc.graph.shapes import infer_shapes
 
 DOMAIN = "kbitc"
@@ -112,18 +113,10 @@ UnpackKBit <bits> (stream, shape) => (codes) {{
     DEQUANTIZE: """
 <domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
 DequantizeKBit <bits, block> (stream, grid, scales, zeros, shape) => (Y) {{
-    one = Constant<value_ints = [1]>()
-    two = Constant<value_ints = [2]>()
-    three = Constant<value_ints = [3]>()
     codes = kbitc.UnpackKBit<bits: int = @bits>(stream, shape)
-    levels = Gather(grid, codes)
-    start = Constant<value_int = 0>()
-    step = Constant<value_int = 1>()
-    channels1 = Slice(shape, two, three)
-    channels = Squeeze(channels1)
-    index = Range(start, channels, step)
-    block0 = Constant<value_int: int = @block>()
-    which = Div(index, block0)
+    levels = Gather(grid, codes)"""
+    + BLOCK_OF_CHANNEL
+    + """
     scale = Gather<axis = 2>(scales, which)
     zero = Gather<axis = 2>(zeros, which)
     difference = Sub(levels, zero)
@@ -133,16 +126,9 @@ DequantizeKBit <bits, block> (stream, grid, scales, zeros, shape) => (Y) {{
     DEQUANTIZE_OFFSET: """
 <domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
 DequantizeKBitOffset <bits, block> (stream, grid, scales, zeros, shape, offsets) => (Y) {{
-    two = Constant<value_ints = [2]>()
-    three = Constant<value_ints = [3]>()
-    scaled = kbitc.DequantizeKBit<bits: int = @bits, block: int = @block>(stream, grid, scales, zeros, shape)
-    start = Constant<value_int = 0>()
-    step = Constant<value_int = 1>()
-    channels1 = Slice(shape, two, three)
-    channels = Squeeze(channels1)
-    index = Range(start, channels, step)
-    block0 = Constant<value_int: int = @block>()
-    which = Div(index, block0)
+    scaled = kbitc.DequantizeKBit<bits: int = @bits, block: int = @block>(stream, grid, scales, zeros, shape)"""
+    + BLOCK_OF_CHANNEL
+    + """
     offset = Gather<axis = 2>(offsets, which)
     Y = Add(scaled, offset)
 }}""",

@@ -96,17 +96,10 @@ LevelsKBit <bits> (stream, grid, shape) => (Y) {{
     BLOCK_LEVELS: """
 <domain: "kbitc", opset_import: ["" : {opset}, "kbitc" : 1]>
 BlockLevelsKBit <bits, block> (stream, grid, blockscale, shape) => (Y) {{
-    two = Constant<value_ints = [2]>()
-    three = Constant<value_ints = [3]>()
     codes = kbitc.UnpackKBit<bits: int = @bits>(stream, shape)
-    levels = Gather(grid, codes)
-    start = Constant<value_int = 0>()
-    step = Constant<value_int = 1>()
-    channels1 = Slice(shape, two, three)
-    channels = Squeeze(channels1)
-    index = Range(start, channels, step)
-    block0 = Constant<value_int: int = @block>()
-    which = Div(index, block0)
+    levels = Gather(grid, codes)"""
+    + text.BLOCK_OF_CHANNEL
+    + """
     factor = Gather<axis = 2>(blockscale, which)
     levels1 = Cast<to = 6>(levels)
     factor1 = Cast<to = 6>(factor)

@@ -1,4 +1,4 @@
-"""Lines of ONNX text that several integer functions share.
+"""Lines of ONNX text that several functions share, most of them of integers.
 
 A function takes a part's result by the name it asks for; the part prefixes its own names with that name, so that
 parts do not clash. Numbers are int64 unless said otherwise.
@@ -12,6 +12,19 @@ _TYPES = {64: (7, 13, 62), 32: (6, 12, 30)}
 NEWTON_STEPS = 6
 #: Base-4 digits of numbers below 2^62.
 DIGITS = 31
+
+#: which: the block of every channel, from shape [N, T, C] and the attribute `block`.
+BLOCK_OF_CHANNEL = """
+    two = Constant<value_ints = [2]>()
+    three = Constant<value_ints = [3]>()
+    start = Constant<value_int = 0>()
+    step = Constant<value_int = 1>()
+    channels1 = Slice(shape, two, three)
+    channels = Squeeze(channels1)
+    index = Range(start, channels, step)
+    block0 = Constant<value_int: int = @block>()
+    which = Div(index, block0)
+"""
 
 
 def function(signature: str, *parts: str) -> str:

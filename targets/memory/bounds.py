@@ -47,6 +47,10 @@ class Bound:
     def __add__(self, other: Bound) -> Bound:
         return Bound.of(_sum((dict(self.terms), dict(other.terms))))
 
+    def times(self, number: int) -> Bound:
+        """That many times as much."""
+        return Bound.of({monomial: number * value for monomial, value in self.terms})
+
     def at(self, quantities: Sequence[int]) -> int:
         """The least integer that is no less, for quantities of at least 1."""
         exact = sum((value * prod(quantities[i] for i in monomial) for monomial, value in self.terms), Fraction(0))
@@ -116,13 +120,30 @@ class Quantities:
     def __init__(self) -> None:
         self.expressions: list[Any] = []
 
+    def product(self, shape: Sequence[Any]) -> Bound:
+        """Of the elements of a tensor; its dims are ints or tvm expressions, none negative where it exists."""
+        try:
+            return self.bound(functools.reduce(lambda a, b: a * b, shape, 1))
+        except NoBound:
+            # (h - 1) // 2 is negative for h = 0, where there is no such tensor: each dim has a bound of its own.
+            bounds = (dict(self._dim(dim).terms) for dim in shape)
+            return Bound.of(functools.reduce(_product, bounds, {(): Fraction(1)}))
+
+    def _dim(self, dim: Any) -> Bound:
+        try:
+            return self.bound(dim)
+        except NoBound:
+            return Bound.of({(self._place(dim),): Fraction(1)})
+
     def bound(self, size: Any) -> Bound:
-        """The bound of a size in the caller's unit, an int or a tvm expression that is not negative.
+        """The bound of a size, an int or a tvm expression that is not negative.
 
         Raises:
             NoBound: none is known.
         """
-        return Bound.of(self._polynomial(size)[0])
+        from kbitc.targets.lower import dims
+
+        return Bound.of(self._polynomial(dims.as_dim(size))[0])
 
     def at(self, number: int) -> list[int]:
         """The quantities where every symbolic dim is this number."""

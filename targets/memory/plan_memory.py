@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kbitc.targets.memory.arena import ALIGNMENT, Value, plan
-from kbitc.targets.memory.bounds import Bound, NoBound, Quantities
+from kbitc.targets.memory.bounds import Bound, Quantities
 
 ALLOCATE, KILL, RESHAPE = "relax.builtin.alloc_tensor", "relax.memory.kill_tensor", "relax.reshape"
 LARGEST_STEP = 2**30
@@ -95,10 +95,17 @@ def plan_memory(module: Any) -> Any:
     known = passes.KillAfterLastUse()(tvm.IRModule(straight))
     for var, function in known.functions_items():
         planned = _planned(builder, function)
+        if _allocates(planned):
+            planned = tvms(tvm.IRModule({var: planned}))[var]
         made = builder.get()
         made[var] = planned
         builder = relax.BlockBuilder(made)
     return builder.get()
+
+
+def _allocates(function: Any) -> bool:
+    """Whether there are values that are left to TVM."""
+    return any(_is_call(binding.value, ALLOCATE) for block in function.body.blocks for binding in block.bindings)
 
 
 def _is_straight(function: Any) -> bool:
@@ -210,13 +217,7 @@ def _bytes(allocation: Any, known: Sequence[Any], quantities: Quantities) -> Bou
     shape = [dims.as_dim(dim) for dim in allocation.args[0].values]
     if any(not any(symbol.same_as(other) for other in known) for dim in shape for symbol in dims.variables(dim)):
         return None
-    size: Any = DataType(str(allocation.args[1].value)).itemsize
-    for dim in shape:
-        size = dim * size
-    try:
-        return quantities.bound(dims.as_dim(size))
-    except NoBound:
-        return None
+    return quantities.product(shape).times(DataType(str(allocation.args[1].value)).itemsize)
 
 
 def _shared(builder: Any, tensors: Sequence[_Tensor], quantities: Quantities) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 from typing import Any
 
 import pytest
@@ -49,6 +50,23 @@ def test_the_bound_of_a_polynomial_is_the_size() -> None:
 def test_what_may_be_negative_has_no_bound() -> None:
     with pytest.raises(NoBound):
         Quantities().bound(N * tirx.min(M - 5, N - 9))
+
+
+SHAPES = {
+    "halves": [1, tirx.floordiv(N - 1, 2), tirx.floordiv(M - 1, 2), 12],
+    "opaque": [tirx.min(M - 5, N - 3), tirx.floordiv(N - 1, 2)],
+    "exact": [N, 4, M],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_the_bound_of_a_tensor_holds_where_it_exists(shape: list[Any]) -> None:
+    quantities = Quantities()
+    bound = quantities.product(shape)
+    for n, m in product((1, 2, 7, 64), repeat=2):
+        sizes = [value(dim, n, m) for dim in shape]
+        numbers = [max(1, value(expression, n, m)) for expression in quantities.expressions]
+        assert min(sizes) < 0 or bound.at(numbers) >= prod(sizes)
 
 
 def test_one_bound_covers_another_only_where_it_does_for_all_dims() -> None:

@@ -91,6 +91,22 @@ def compile_module(module: Any) -> None:
         relax_pipeline()(module)
 
 
+def test_sizes_that_could_be_negative_are_planned() -> None:
+    """Strided convolutions of open sizes: (h - 1) // 2 by (w - 1) // 2."""
+    runnable = run_of(
+        model_of("""g (float[1, 2, h, w] x, float[3, 2, 3, 3] k, float[2, 3, 3, 3] l) => (float[1, 2, i, j] y) {
+            a = Conv<strides = [2, 2]>(x, k)
+            b = Relu(a)
+            y = Conv<strides = [2, 2]>(b, l)
+        }""")
+    )
+    for h, w in ((13, 10), (7, 31), (13, 10)):
+        shapes = {"x": (1, 2, h, w), "k": (3, 2, 3, 3), "l": (2, 3, 3, 3)}
+        (y,) = runnable({name: np.ones(shape, np.float32) for name, shape in shapes.items()})
+        assert y.shape == (1, 2, ((h - 1) // 2 - 1) // 2, ((w - 1) // 2 - 1) // 2)
+        np.testing.assert_array_equal(y, np.full(y.shape, 18.0 * 27.0))
+
+
 def test_an_output_that_is_a_view_has_memory_of_its_own() -> None:
     runnable = run_of(
         model_of("""g (float[n, 4] x) => (float[m] y, float[n, 4] z) {

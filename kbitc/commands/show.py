@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,7 @@ def report(result: Report) -> None:
         f"{len(quantized)} of {len(result.weights)} weights quantized, {result.bits_per_weight:.2f} bits a weight "
         f"over {total:,}; " + ", ".join(f"{name} {_megabytes(size)}" for name, size in result.bytes.items())
     )
+    _given(console, result)
     _accuracy(console, result.accuracy)
     _planning(console, result.planning)
     _left_float(console, result)
@@ -92,6 +94,18 @@ def report(result: Report) -> None:
         console.print(table)
     spent = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
     console.print(f"[dim]{spent}[/dim]")
+
+
+def _given(console: Console, result: Report) -> None:
+    """Weights that the model came with in few bits: they have no entry in the plan."""
+    planned = {node for item in result.weights for node in item.entry.nodes}
+    # Parts of a split product are called after it.
+    names = {layer["name"]: layer["weight"] for layer in result.layers if layer["weight"] not in (None, "float32")}
+    given = [name for name in names if not any(name == node or name.startswith(f"{node}.") for node in planned)]
+    found = Counter(names[name] for name in given)
+    if found:
+        kinds = ", ".join(f"{count} {scheme}" for scheme, count in found.most_common())
+        console.print(f"quantized in the model already, and kept as they are: {kinds}")
 
 
 def _accuracy(console: Console, accuracy: Mapping[str, Any]) -> None:

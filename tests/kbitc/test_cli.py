@@ -147,6 +147,15 @@ def test_human_output_goes_to_standard_output(
     assert (code, err) == (0, "") and len(out.splitlines()) >= 1
 
 
+def test_weights_that_came_quantized_are_named(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+    quantized, output = tmp_path / "q.onnx", tmp_path / "q.kbit"
+    _call(capsys, "quantize", model, "-o", quantized, "--bits", 4, "--format", "qdq")
+    code, out, err = _call(capsys, "compile", quantized, "-o", output, "--bits", 2, "--target", "reference")
+    assert (code, err) == (0, "") and "quantized in the model already, and kept as they are: 1 int4" in out
+    code, out, err = _call(capsys, "compile", model, "-o", output, "--force", "--bits", 2, "--target", "reference")
+    assert (code, err) == (0, "") and "already" not in out
+
+
 def test_dump_dir_holds_what_each_stage_leaves(model: Path, tmp_path: Path) -> None:
     arguments = ["compile", model, "-o", tmp_path / "b.kbit", "--target", "reference", "--dump-dir", tmp_path / "dump"]
     assert _guarded([str(item) for item in arguments]) == 0

@@ -82,11 +82,13 @@ class Affine(NamedTuple):
         scales: f32, storable.
         zeros: f32, the level that stands for the real zero; 0 when symmetric, with offsets the lowest level.
         offsets: f32, storable; None where the scheme has none.
+        steps: f32, of which the scales are multiples; None where the scheme does not code them.
     """
 
     scales: FloatArray
     zeros: FloatArray
     offsets: FloatArray | None = None
+    steps: FloatArray | None = None
 
     @classmethod
     def of(cls, tensor: QTensor) -> Affine:
@@ -95,20 +97,23 @@ class Affine(NamedTuple):
         zeros = np.full_like(tensor.scales, grid[0] if tensor.offsets is not None else 0)
         if tensor.zero_points is not None:
             zeros = grid[tensor.zero_points]
-        return cls(tensor.scales, zeros, tensor.offsets)
+        steps = tensor.scale_steps
+        if steps is not None:
+            steps = spread_steps(steps, tensor.scales.shape, tensor.scheme.scale_code)
+        return cls(tensor.scales, zeros, tensor.offsets, steps)
 
     def each(self, function: Callable[[Any], Any]) -> Affine:
         """A function of every array."""
-        offsets = None if self.offsets is None else function(self.offsets)
-        return Affine(function(self.scales), function(self.zeros), offsets)
+        made: list[Any] = [None if array is None else function(array) for array in self]
+        return Affine(*made)
 
     def where(self, condition: npt.NDArray[np.bool_], other: Affine) -> Affine:
-        """`self` where the condition holds, else the other."""
+        """`self` where the condition holds, else the other; their steps are the same."""
         offsets = None
         if self.offsets is not None and other.offsets is not None:
             offsets = np.where(condition, self.offsets, other.offsets)
         scales = np.where(condition, self.scales, other.scales)
-        return Affine(scales, np.where(condition, self.zeros, other.zeros), offsets)
+        return Affine(scales, np.where(condition, self.zeros, other.zeros), offsets, self.steps)
 
     def values(self, levels: FloatArray) -> FloatArray:
         """The weights of levels, rounded as `QTensor.dequantize` does."""
@@ -170,19 +175,10 @@ def fit_all(weight: FloatArray, importance: FloatArray, first: QTensor) -> QTens
     """The best fit of every block, starting from `first`; both arrays f32 [N, T, C]."""
     blocks, weights = to_blocks(weight, first.scheme, "edge"), to_blocks(importance, first.scheme)
     grid, fits = first.format.grid.astype(np.float32), []
-    steps = steps_of_blocks(first)
     for part, known in start_fit(first).parts(max(1, CHUNK // blocks.shape[1])):
         known.error = squared_error(blocks[part], weights[part], known.affine.values(grid[known.codes]))
-        own = None if steps is None else steps[part]
-        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known, own))
+        fits.append(fit_blocks(blocks[part], weights[part], first.format, first.scheme, known))
     return joined(first, fits)
-
-
-def steps_of_blocks(tensor: QTensor) -> FloatArray | None:
-    """The step of the scale of each block, f32 [blocks, 1]; None where scales are not multiples of one."""
-    if tensor.scale_steps is None:
-        return None
-    return spread_steps(tensor.scale_steps, tensor.scales.shape, tensor.scheme.scale_code).reshape(-1, 1)
 
 
 def joined(first: QTensor, fits: list[Fit]) -> QTensor:
@@ -202,14 +198,7 @@ def rebuilt(first: QTensor, codes: CodeArray, affine: Affine) -> QTensor:
     return replace(first, codes=codes, scales=affine.scales.reshape(shape), zero_points=points, offsets=offsets)
 
 
-def fit_blocks(
-    weight: FloatArray,
-    importance: FloatArray,
-    data_type: Format,
-    scheme: QuantScheme,
-    start: Fit | None = None,
-    steps: FloatArray | None = None,
-) -> Fit:
+def fit_blocks(weight: FloatArray, importance: FloatArray, data_type: Format, scheme: QuantScheme, start: Fit) -> Fit:
     """Least sum over a block of importance * (w - value)^2, over scales and zero points or offsets.
 
     Args:
@@ -217,12 +206,10 @@ def fit_blocks(
         importance: f32 [blocks, L] or [1, L], at least 0, 0 where a block has ended.
         data_type: the grid.
         scheme: how scales are stored.
-        start: a fit to improve on.
-        steps: f32 [blocks, 1], of which the scales are multiples; None where they are not.
+        start: a fit to improve on, with the steps of its scales; it is changed.
     """
-    ranges = (extent(weight, scheme, factor) for factor in FACTORS)
-    every = [trial for low, high in ranges for trial in trials(low, high, data_type, scheme, steps)]
-    best = start or nearest(weight, importance, every[0], data_type)
+    best, steps = start, start.affine.steps
+    every = [trial for factor in FACTORS for trial in trials(*extent(weight, scheme, factor), data_type, scheme, steps)]
     found = np.zeros(best.error.shape, np.bool_)
     for affine in every:
         error = nearest_error(weight, importance, affine, data_type)
@@ -232,8 +219,7 @@ def fit_blocks(
     best.codes = np.where(found, encode(weight, best.affine, data_type), best.codes)
     for _ in range(REFINEMENTS):
         levels = data_type.grid.astype(np.float32)[best.codes]
-        affine = refined(weight, importance, levels, best.affine, scheme, steps)
-        best.take(nearest(weight, importance, affine, data_type))
+        best.take(nearest(weight, importance, refined(weight, importance, levels, best.affine, scheme), data_type))
         if scheme.zero_point:
             for step in (np.float32(-1), np.float32(1)):
                 zeros = np.clip(best.affine.zeros + step, data_type.levels[0], data_type.levels[-1])
@@ -261,41 +247,39 @@ def trials(
         scales = store((high - low) / (top - bottom), scheme, steps)
         if scheme.offset:
             return [Affine(scales, np.full_like(scales, bottom), round_offsets(low, scheme.scale_type))]
-        return [Affine(scales, np.clip(np.rint(bottom - low / scales), bottom, top))]
+        return [Affine(scales, np.clip(np.rint(bottom - low / scales), bottom, top), steps=steps)]
     none = np.zeros_like(low)
-    found = [Affine(store(np.maximum(low / bottom, high / top), scheme, steps), none)]
+    found = [Affine(store(np.maximum(low / bottom, high / top), scheme, steps), none, steps=steps)]
     if signed_scales(data_type, scheme):
         found.append(Affine(store(-np.maximum(-high / bottom, -low / top), scheme), none))
     return found
 
 
 def refined(
-    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme,
-    steps: FloatArray | None = None,
-) -> Affine:  # fmt: skip
+    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme
+) -> Affine:
     """The scales that fit given levels best, together with the offsets where there are some (a line of regression).
 
     The stored offset is the best one for the stored scale. A scale stays where it would turn its sign.
     """
     if affine.offsets is None:
-        scales = least_squares(weight, importance, levels - affine.zeros, affine.scales, scheme, steps)
-        return affine._replace(scales=scales)
+        return affine._replace(scales=least_squares(weight, importance, levels - affine.zeros, affine, scheme))
     total = np.maximum(importance.sum(1, keepdims=True), np.finfo(np.float32).tiny)
     heights = levels - affine.zeros
     middle, mean = ((importance * array).sum(1, keepdims=True) / total for array in (heights, weight))
-    scales = least_squares(weight - mean, importance, heights - middle, affine.scales, scheme)
+    scales = least_squares(weight - mean, importance, heights - middle, affine, scheme)
     return affine._replace(scales=scales, offsets=round_offsets(mean - scales * middle, scheme.scale_type))
 
 
 def least_squares(
-    weight: FloatArray, importance: FloatArray, levels: FloatArray, scales: FloatArray,
-    scheme: QuantScheme, steps: FloatArray | None = None,
-) -> FloatArray:  # fmt: skip
+    weight: FloatArray, importance: FloatArray, levels: FloatArray, affine: Affine, scheme: QuantScheme
+) -> FloatArray:
     """The scale that fits given levels best, sum(h w q) / sum(h q^2); the old one where that turns its sign."""
     weighted = importance * levels
     product, square = (weighted * weight).sum(1, keepdims=True), (weighted * levels).sum(1, keepdims=True)
-    usable = (square > 0) & (product * np.sign(scales) > 0)
-    return store(np.where(usable, product / np.where(usable, square, 1), scales).astype(np.float32), scheme, steps)
+    usable = (square > 0) & (product * np.sign(affine.scales) > 0)
+    scales = np.where(usable, product / np.where(usable, square, 1), affine.scales).astype(np.float32)
+    return store(scales, scheme, affine.steps)
 
 
 def nearest(weight: FloatArray, importance: FloatArray, affine: Affine, data_type: Format) -> Fit:

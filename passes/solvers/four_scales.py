@@ -19,7 +19,6 @@ import numpy.typing as npt
 
 from kbitc.passes.solvers import rtn
 from kbitc.passes.solvers._blocks import (
-    Affine,
     joined,
     nearest,
     signed_scales,
@@ -53,7 +52,7 @@ def solve(weight: FloatArray, scheme: QuantScheme, inputs: InputMoments | None =
     there = to_blocks(np.ones_like(weight), scheme)  # 0 where a block has ended
     best.error = squared_error(blocks, there, best.affine.values(data_type.grid.astype(np.float32)[best.codes]))
     for scales in other_scales(blocks, data_type, scheme):
-        best.take(nearest(blocks, there, Affine(scales, np.zeros_like(scales)), data_type))
+        best.take(nearest(blocks, there, best.affine._replace(scales=scales), data_type))
     return joined(first, [best])
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +32,7 @@ from kbitc.passes.solvers._blocks import Affine, encode, fit_blocks, nearest, re
 from kbitc.quant.format import Format
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.scales import round_offsets
-from kbitc.quant.scheme import Granularity, QuantScheme, ScaleCode
+from kbitc.quant.scheme import Granularity, QuantScheme
 from kbitc.quant.tensor import QTensor, blocks_of, spread
 
 FloatArray = npt.NDArray[np.float32]
@@ -95,7 +96,6 @@ class Columns:
         error: f32 [G, K, n], weight minus value so far.
         codes: uint8 [G, K, n].
         affine: arrays of f32 [G, B, n] of the B blocks of a row.
-        steps: f32 [G, n], of which scales are multiples; None where they are not.
         second: f32 [G, K, K].
         block: int [K], the block of each column.
         order: int [K], where each column was.
@@ -112,7 +112,6 @@ class Columns:
     shape: tuple[int, int, int]
     data_type: Format
     scheme: QuantScheme
-    steps: FloatArray | None
 
     @classmethod
     def of(cls, weight: FloatArray, first: QTensor, inputs: InputMoments, act_order: bool) -> Columns:
@@ -130,12 +129,9 @@ class Columns:
         columns = np.asarray(turned(weight)[:, order], np.float32)
         error = np.asarray(turned(weight - first.dequantize())[:, order], np.float32)
         second = np.ascontiguousarray(inputs.second[:, order][:, :, order])
-        steps = None
-        if first.scale_steps is not None and scheme.scale_code is ScaleCode.INTEGER:
-            steps = turned(first.scale_steps)[:, 0]
         return cls(
             columns, error, np.asarray(turned(first.codes)[:, order], np.uint8), Affine.of(first).each(turned), second,
-            block[order], order, shape, first.format, scheme, steps,
+            block[order], order, shape, first.format, scheme,
         )  # fmt: skip
 
     def tensor(self, first: QTensor) -> QTensor:
@@ -178,8 +174,7 @@ class Columns:
         weight = np.ascontiguousarray(target[:, : stop - k].transpose(0, 2, 1)).reshape(groups * rows, stop - k)
         importance = np.repeat(pivots[:, k:stop], rows, axis=0)
         known = nearest(weight, importance, self._of(block).each(lambda array: array.reshape(-1, 1)), self.data_type)
-        steps = None if self.steps is None else self.steps.reshape(-1, 1)
-        best = fit_blocks(weight, importance, self.data_type, self.scheme, known, steps)
+        best = fit_blocks(weight, importance, self.data_type, self.scheme, known)
         self._put(block, best.affine.each(lambda array: array.reshape(groups, rows)))
 
     def _of(self, block: np.int64) -> Affine:
@@ -220,7 +215,7 @@ class Columns:
         for block in np.unique(self.block):
             inside, affine = np.flatnonzero(self.block == block), self._of(block)
             levels = grid[self.codes[:, inside]] - affine.zeros[:, None]
-            scales = self._step(inside, levels, affine.scales, self._storable_scales)
+            scales = self._step(inside, levels, affine.scales, partial(self._storable_scales, affine.steps))
             offsets = affine.offsets
             if offsets is not None:
                 offsets = self._step(inside, np.ones_like(levels), offsets, self._storable_offsets)
@@ -242,8 +237,8 @@ class Columns:
         self.error[:, inside] -= step[:, None] * factors
         return np.where(step != 0, wanted, old)
 
-    def _storable_scales(self, wanted: FloatArray, old: FloatArray) -> FloatArray:
-        return store(np.asarray(np.where(wanted * old > 0, wanted, old), np.float32), self.scheme, self.steps)
+    def _storable_scales(self, steps: FloatArray | None, wanted: FloatArray, old: FloatArray) -> FloatArray:
+        return store(np.asarray(np.where(wanted * old > 0, wanted, old), np.float32), self.scheme, steps)
 
     def _storable_offsets(self, wanted: FloatArray, old: FloatArray) -> FloatArray:
         return round_offsets(wanted, self.scheme.scale_type)

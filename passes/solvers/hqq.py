@@ -86,7 +86,7 @@ def _fit(weight: FloatArray, there: FloatArray, known: Fit, data_type: Format, s
                 best.take(Fit(affine, codes, norm(rest)))
                 target = weight - unit * shrink(rest / unit, beta)
                 affine = _moved(target, there, grid[codes], affine, data_type, scheme)
-                scales = least_squares(affine.above(target), there, grid[codes] - affine.zeros, affine.scales, scheme)
+                scales = least_squares(affine.above(target), there, grid[codes] - affine.zeros, affine, scheme)
                 affine = affine._replace(scales=scales)
                 beta *= KAPPA
     return best

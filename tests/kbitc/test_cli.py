@@ -151,7 +151,7 @@ def test_weights_that_came_quantized_are_named(capsys: pytest.CaptureFixture[str
     quantized, output = tmp_path / "q.onnx", tmp_path / "q.kbit"
     _call(capsys, "quantize", model, "-o", quantized, "--bits", 4, "--format", "qdq")
     code, out, err = _call(capsys, "compile", quantized, "-o", output, "--bits", 2, "--target", "reference")
-    assert (code, err) == (0, "") and "quantized in the model already, and kept as they are: 1 int4" in out
+    assert (code, err) == (0, "") and "quantized in the model already, and kept as they are: 2 int4:b32" in out
     code, out, err = _call(capsys, "compile", model, "-o", output, "--force", "--bits", 2, "--target", "reference")
     assert (code, err) == (0, "") and "already" not in out
 

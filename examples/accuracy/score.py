@@ -92,6 +92,13 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W2 mixed": {"scheme": "int2:b32", "target_bpw": 2.5, "activations": "float", "calibrated": True},
     "W4 uint, tables W8": {"scheme": "uint4:b32:zp", "activations": "float", "tables": "int8:b32"},
     "W4 min, tables W8": {"scheme": "uint4:b32:min", "activations": "float", "tables": "int8:b32"},
+    "W3 min gptq, tables W8": {
+        "scheme": "uint3:b32:min",
+        "activations": "float",
+        "solver": "gptq",
+        "calibrated": True,
+        "tables": "int8:b32",
+    },  # fmt: skip
     "W3 gptq, tables W8": {
         "bits": 3,
         "activations": "float",

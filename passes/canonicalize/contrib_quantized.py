@@ -119,8 +119,9 @@ def _softmax(node: ir.Node) -> str | None:
 
 def _reduce_mean(node: ir.Node) -> str:
     axes = list(node.attributes.get_ints("axes", ()))
-    call = f"axes = Constant<value_ints = {axes}>() y = ReduceMean{attributes(node, ('keepdims',))}(x, axes)"
-    return f"x = {_dequantized(node, 0)} {call if axes else 'y = ReduceMean(x)'} {_quantized(node, 3, 'y')}"
+    given = f"axes = Constant<value_ints = {axes}>()" if axes else ""
+    call = f"y = ReduceMean{attributes(node, ('keepdims',))}(x{', axes' if axes else ''})"
+    return f"x = {_dequantized(node, 0)} {given} {call} {_quantized(node, 3, 'y')}"
 
 
 def _concat(node: ir.Node) -> str:

@@ -136,3 +136,27 @@ def test_of_a_symbolic_size_few_sizes_of_storage_are_asked_for() -> None:
         assert number * 4096 <= size < 2 * number * 4096
         sizes.add(size)
     assert len(sizes) == 9
+
+
+def test_values_of_sizes_that_parameters_do_not_tell_are_left_to_tvm() -> None:
+    from tvm import relax, te, tirx
+
+    from kbitc.targets.build import relax_pipeline
+
+    size = tirx.Var("m", "int64")
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType(dtype="float32", ndim=1))
+
+    def more(a: Any) -> Any:
+        return te.compute(a.shape, lambda i: a[i] + tirx.const(1.0, "float32"))
+
+    with builder.function("main", [x]):
+        value = builder.match_cast(x, relax.TensorType([size], "float32"))
+        for _ in range(3):
+            value = builder.emit_te(more, value)
+        builder.emit_func_output(value)
+    built = relax.build(builder.get(), tvm.target.Target("llvm"), relax_pipeline=relax_pipeline())
+    machine = relax.VirtualMachine(built, tvm.cpu())
+    for count in (3, 50, 3):
+        given = np.arange(count, dtype=np.float32)
+        np.testing.assert_array_equal(machine["main"](tvm.runtime.tensor(given)).numpy(), given + 3)

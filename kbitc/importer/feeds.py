@@ -251,9 +251,8 @@ def fit(array: Array, item: Input, where: str, first: int = 0) -> Array:
                 got=f"{size} along axis {axis}",
                 remedy=f"input {item.name!r} is {_shape_text(item)}",
             )
-        if (
-            not isinstance(dim, int) and size == 0 and axis == 0
-        ):  # other dims may be: the cache of a first step is empty
+        # Another dim may be 0: the cache of a first step is empty.
+        if axis == 0 and size == 0 and not isinstance(dim, int):
             raise CalibrationError("the array holds no samples", where=label, got=list(array.shape))
     converted = _convert(array, np.dtype(item.dtype), label)
     _refuse_bad_numbers(converted, label, first)

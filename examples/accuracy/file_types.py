@@ -74,6 +74,16 @@ def installed_files() -> list[Path]:
     return chosen
 
 
+def distinct(paths: list[Path]) -> tuple[npt.NDArray[np.int32], list[Path]]:
+    """Features i32 [files, 2048] and their files; of files that the model sees alike, only the last.
+
+    Files may differ where the model does not look, and then one of them would calibrate and the other be measured.
+    """
+    by_features = {file_bytes(read_ends(path)).tobytes(): path for path in paths}
+    rows = np.frombuffer(b"".join(by_features), np.int32).reshape(len(by_features), 2 * PART)
+    return rows, list(by_features.values())
+
+
 def file_type() -> Task:
     """Share of files that get a type that is right for their extension, in percent; one file in eight calibrates.
 
@@ -82,9 +92,8 @@ def file_type() -> Task:
     folder = fetch.fetch("magika")
     model = folder / "model.onnx"
     labels = json.loads((folder / "config.min.json").read_text(encoding="utf-8"))["target_labels_space"]
-    contents = {read_ends(path): path for path in installed_files()}  # equal files once
-    features = np.stack([file_bytes(content) for content in contents])
-    right = np.array([[label in TYPES[path.suffix] for label in labels] for path in contents.values()])
+    features, paths = distinct(installed_files())
+    right = np.array([[label in TYPES[path.suffix] for label in labels] for path in paths])
     calibrates = np.arange(len(features)) % CALIBRATE_EVERY == 0
     wanted = right[~calibrates]
 

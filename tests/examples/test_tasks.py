@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import file_types
 import numpy as np
 import pytest
 import speech
@@ -30,6 +31,17 @@ def test_what_calibrates_is_not_measured(name: str, real_models: dict[str, Path]
     if name == "speech":
         measured = samples([{"input": feeds["input"][speech.BEFORE :]} for feeds in task.batches])
     assert not measured & calibrating
+
+
+def test_files_that_a_model_sees_alike_are_one_sample(tmp_path: Path) -> None:
+    seen, other = b"x" * 4096, b"y" * 4096
+    contents = [seen + middle * 4096 + seen for middle in (b"1", b"2")] + [seen + other, b"  " + seen + other]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    features, kept = file_types.distinct(paths)
+    assert kept == [paths[1], paths[3]]
+    assert np.array_equal(features, [file_types.file_bytes(file_types.read_ends(path)) for path in kept])
 
 
 def test_a_script_that_fails_is_not_taken_for_done(tmp_path: Path) -> None:

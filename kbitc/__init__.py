@@ -55,7 +55,8 @@ def compile(
             sequential: calibrate each layer on the output of quantized ones.
             never_slower, tuned: see `kbitc.options.Speed`.
             centre, proxy: see docs/schemes.md.
-            plan, write_plan, target_bpw, size_budget, max_drop, metric, labels, allocate: see docs/plan.md.
+            plan, write_plan, target_bpw, size_budget, time_budget, max_drop, metric, labels, allocate: see
+                docs/plan.md.
 
     Returns:
         The report that is also in the bundle.

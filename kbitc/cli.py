@@ -73,6 +73,7 @@ def _planning(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--write-plan", type=path, metavar="FILE", help="Write the plan that was carried out."),
         click.option("--target-bpw", type=float, metavar="BITS", help="Mix widths: at most so many bits a weight."),
         click.option("--size-budget", metavar="SIZE", help="Mix widths: at most 20MB (or 20MiB) on disk in all."),
+        click.option("--time-budget", metavar="TIME", help="Mix widths: products take at most 1.5ms, as predicted."),
         click.option("--max-drop", metavar="PERCENT", help="Mix widths: smallest whose score falls at most 0.5%."),
         click.option("--metric", help="Score of --max-drop: top1, sqnr, cosine, or a .py with score(outputs, labels)."),
         click.option("--labels", type=path, metavar="FILE", help="Labels of the calibration samples, for --metric."),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from kbitc.bundle.writer import Staging
     from kbitc.importer.batches import Batches
+    from kbitc.kernel_times import KernelTimes
     from kbitc.never_slower import Compared
     from kbitc.passes.verify.accuracy import References
     from kbitc.passes.verify.score import Score
@@ -86,7 +87,7 @@ def quantize_model(
     path = fresh_output(output, options.force)
     form: Any = catalog.find(FORMS, options.form, "format")
     prepared = prepare(source, options, target, calibration, trace)
-    planner, kinds = make_planner(prepared, options, target, trace, bundle=False)
+    planner, kinds = make_planner(prepared, options, [target], trace, bundle=False)
     while True:
         made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
         exported = Export(prepared.original, made.model, made.plan, made.tensors, kinds)
@@ -123,7 +124,7 @@ def compile_model(
     check_output(output, force=options.force)
     prepared = prepare(source, options, targets[0], calibration, trace)
     compared = compare_layers(prepared, options, targets, trace) if options.speed.never_slower else ()
-    planner, kinds = make_planner(prepared, options, targets[0], trace, bundle=True, compared=compared)
+    planner, kinds = make_planner(prepared, options, targets, trace, bundle=True, compared=compared)
     while True:
         with stage(output, force=options.force) as staging:
             made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
@@ -266,9 +267,9 @@ def check_target(model: ir.Model, target: Target) -> None:
 def compare_layers(prepared: Prepared, options: CompileOptions, targets: Sequence[Target], trace: Trace) -> Compared:
     """What `--never-slower` asks: every weight that the other options quantize against float, on the best variant."""
     from kbitc.never_slower import compare
-    from kbitc.targets.target import host_runs
+    from kbitc.targets.target import fastest
 
-    target = next((item for item in reversed(targets) if host_runs(item) is None), targets[-1])
+    target = fastest(targets)
     plan, kinds = make_plan(prepared.original, options, target)
     with trace.stage("compare with float"):
         made = quantize_prepared(prepared, plan, kinds, options.quickly_solved(), Trace())
@@ -302,17 +303,19 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
 
 
 def make_planner(
-    prepared: Prepared, options: CompileOptions, target: Target, trace: Trace, *, bundle: bool,
+    prepared: Prepared, options: CompileOptions, targets: Sequence[Target], trace: Trace, *, bundle: bool,
     compared: Compared = (),
 ) -> tuple[Planner, dict[str, str]]:  # fmt: skip
     """Stage 5; also the view of every planned tensor. Weights that were slower than float when compared stay float."""
+    from kbitc.kernel_times import kernel_times
     from kbitc.passes.allocate.uniform import accepted_by
     from kbitc.passes.rewrite.pipeline import rewrite
     from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.score import make_judge
     from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
+    from kbitc.targets.target import fastest
 
-    model = prepared.original
+    model, target = prepared.original, targets[0]
     with trace.stage("plan"):
         base, kinds = make_plan(model, options, target)
         base = base.kept_float({item.entry.tensor: item.reason for item in compared if item.slower})
@@ -331,7 +334,10 @@ def make_planner(
             references = quantize_prepared(prepared, plan, kinds, options, trace).references
             return score(references.original, references.quantized)
 
-        return budget_planner(model, base, prepared.feeds, options, accepts, others, judge), kinds
+        def times() -> KernelTimes:
+            return kernel_times(quantized(base), fastest(targets), prepared.feeds[0])
+
+        return budget_planner(model, base, prepared.feeds, options, accepts, others, judge, times), kinds
 
 
 def keep_onnx(staging: Staging, model: ir.Model) -> None:

@@ -32,6 +32,7 @@ from kbitc.quant.plan import QuantPlan, read_plan
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from kbitc.kernel_times import KernelTimes
     from kbitc.passes.verify.score import Score
     from kbitc.targets.target import Target
 
@@ -207,6 +208,7 @@ def budget_planner(
     accepts: Accepts,
     others: Callable[[QuantPlan, int], int] | None,
     judge: Callable[[QuantPlan], Score],
+    times: Callable[[], KernelTimes],
 ) -> Planner:
     """The planner of a budget.
 
@@ -218,12 +220,18 @@ def budget_planner(
         accepts: what the target and the form of the result can hold.
         others: (plan, bytes of its weights as counted) -> bytes beside them, estimated; None: an attempt tells.
         judge: scores a plan.
+        times: predicts what the kernels of the base plan take.
     """
+    from kbitc.kernel_times import priced, within_time
+
     pinned = () if options.plan is None else tuple(request.tensor for request in read_plan(options.plan))
     solver = catalog.find(SOLVERS, MEASURED_WITH, "solver")
     scheme = options.scheme or default_scheme()
     problem = make_problem(model, survey(model), base, pinned, scheme, options.activation, accepts, feeds, solver.solve)
-    budget = options.budget
+    budget, predicted = options.budget, times()
+    if budget.microseconds is not None:
+        return within_time(problem, budget, predicted, base, judge)
+    problem = priced(problem, predicted)
     if budget.size is None and budget.bpw is None:
         return smallest_within(problem, budget, judge)
     return Fitting(problem, budget, others or (lambda plan, counted: 0), judge if budget.max_drop is not None else None)

@@ -250,6 +250,11 @@ def host_runs(target: Target) -> str | None:
     return machine_runs(target.name, target.machine, target.cpu_features, target.device, target.arch)
 
 
+def fastest(targets: Sequence[Target]) -> Target:
+    """The last variant that runs here, else the last: later ones are faster."""
+    return next((item for item in reversed(targets) if host_runs(item) is None), targets[-1])
+
+
 def machine_runs(name: str, architecture: str, features: tuple[str, ...], device: str, arch: str = "") -> str | None:
     """As `host_runs`, from the plain facts that a bundle's manifest holds.
 

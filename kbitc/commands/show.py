@@ -132,6 +132,9 @@ def _planning(console: Console, planning: Mapping[str, Any]) -> None:
     predicted = planning.get("predicted_sqnr_db")
     said = "" if predicted is None else f", weights alone predicted to leave {predicted:.1f} dB"
     console.print(f"widths by {planning['allocator']}{said}, at most {100 * planning['gap']:.2g} % from optimal")
+    if "predicted_microseconds" in planning:
+        time, asked = planning["predicted_microseconds"], planning["time_budget_microseconds"]
+        console.print(f"products with weights predicted to take {time:g} us of {asked:g}")
     if "score" in planning:
         console.print(escape(f"{Score(**planning['score'])}; {100 * planning['max_drop']:g} % were allowed"))
 

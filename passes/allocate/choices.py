@@ -8,7 +8,7 @@ in weights.safetensors, tile padding and 64-byte alignment included, which `--si
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
@@ -41,13 +41,13 @@ class Choice:
         entry: the entry of the plan.
         bits: bits of codes, scales and zero points, as `QTensor.bits_per_weight` counts them.
         stored: bytes of the packed arrays on disk, padding included.
-        cost: what its kernel costs beside another width's, in units of one bit a weight (`kernel_cost`).
+        cost: what its kernels cost beside another width's: predicted microseconds (`Problem.priced`), or bits read.
     """
 
     entry: PlanEntry
     bits: int
     stored: int
-    cost: int
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class Problem:
         array = np.zeros(layer.candidate.shape, np.float32) if value is None else value.numpy()
         return np.asarray(ops.to_view(array, layer.candidate.kind), np.float32)
 
+    def priced(self, costs: Sequence[Sequence[float]]) -> Problem:
+        """The same choices with other costs, one row a layer."""
+        layers = [
+            replace(
+                layer, choices=tuple(replace(item, cost=cost) for item, cost in zip(layer.choices, row, strict=True))
+            )
+            for layer, row in zip(self.layers, costs, strict=True)
+        ]
+        return replace(self, layers=tuple(layers))
+
     @property
     def weights(self) -> int:
         """Number of weights of all entries, the fixed ones counted."""
@@ -128,7 +138,7 @@ def stored_bytes(entry: PlanEntry) -> int:
 
 
 def kernel_cost(entry: PlanEntry) -> int:
-    """Relative time of a weight's kernel, in bits a weight: its codes are read once."""
+    """Relative time of a weight's kernels where no cost model knows them: the bits that they read."""
     bits = FLOAT_BITS if entry.scheme is None else entry.scheme.bits
     return bits * prod(entry.shape)
 

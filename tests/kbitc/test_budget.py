@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from kbitc import options
-from kbitc.budget import Budget, make_budget, parse_drop, parse_size
-from kbitc.errors import AccuracyError, UsageError
+from kbitc.budget import Budget, make_budget, parse_drop, parse_size, parse_time
+from kbitc.errors import AccuracyError, UnsupportedError, UsageError
+from kbitc.kernel_times import KernelTimes, priced, within_time
 from kbitc.passes.allocate.choices import Problem, stored_bytes, weight_bits
 from kbitc.passes.verify.score import Score
 from kbitc.planner import Fitting, smallest_within
@@ -32,6 +33,14 @@ def test_texts_that_are_no_size(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize(("text", "microseconds"), [("800us", 800), ("1.5ms", 1500), ("2 s", 2e6)])
+def test_times(text: str, microseconds: float) -> None:
+    assert parse_time(text) == pytest.approx(microseconds)
+    for wrong in (text[:-1] + "h", "0" + text[-2:], text[0], f"-{text}"):
+        with pytest.raises(UsageError, match="not a time"):
+            parse_time(wrong)
+
+
 def test_drops() -> None:
     assert parse_drop("0.5%") == pytest.approx(0.005) and parse_drop(0.01) == 0.01
     for text in ("0.5", "101%", "-1%", "half"):
@@ -45,6 +54,8 @@ def test_drops() -> None:
         ({"target_bpw": 0.5}, "--target-bpw"),
         ({"target_bpw": float("nan")}, "--target-bpw"),
         ({"target_bpw": 4.0, "size_budget": "1MB"}, "give one"),
+        ({"time_budget": "1ms", "size_budget": "1MB"}, "give one"),
+        ({"time_budget": "1 minute"}, "not a time"),
         ({"metric": "top1"}, "--max-drop"),
         ({"labels": Path("x.npy")}, "--max-drop"),
         ({"allocate": "uniform"}, "goes with a budget"),
@@ -148,3 +159,64 @@ def test_a_size_that_fits_must_keep_the_drop_as_well() -> None:
         with pytest.raises(AccuracyError, match="no plan keeps --max-drop"):
             while not planner.accepts(0, bits):
                 bits = _result(problem, planner.plan, 0)[1]
+
+
+def _times(target: str = "x86:avx512vnni") -> tuple[Problem, QuantPlan, KernelTimes]:
+    """The allocation problem, the plan of 8 bits, and what its two products and convolutions take as predicted."""
+    problem = planned.problem(target=target)
+    widest = problem.plan([len(layer.choices) - 1 for layer in problem.layers])
+    layers, kinds = {}, {"MatMul": "matmul", "Conv": "conv", "Gather": "embedding"}
+    for entry in widest.entries:
+        facts = {"rule": "integer_product", "kind": kinds[entry.op_type], "weight_shape": entry.shape, "bits": 8,
+                 "activation": "int8"}  # fmt: skip
+        layers |= {node: {**facts, "name": node, "out_shape": ["b", entry.shape[0]]} for node in entry.nodes}
+    return problem, widest, KernelTimes(target, layers, {"b": 12})
+
+
+def _unjudged(plan: QuantPlan) -> Score:
+    raise AssertionError("nobody asked for a score")
+
+
+def test_a_time_budget_is_kept_by_the_plan_of_least_noise() -> None:
+    problem, widest, times = _times()
+    noises = []
+    least = sum(min(times.of(choice.entry) or 0.0 for choice in layer.choices) for layer in problem.layers)
+    for asked in np.linspace(least + 0.01, times.total + 0.01, 4):
+        budget = Budget(microseconds=float(asked))
+        planner = within_time(problem, budget, times, widest, _unjudged)
+        summary = planner.summary()
+        took = sum(times.of(entry) or 0.0 for entry in planner.plan.entries)
+        assert took == pytest.approx(summary["predicted_microseconds"], abs=0.05)
+        assert took <= asked + 0.01
+        noises.append(-summary["predicted_sqnr_db"])
+    assert noises == sorted(noises, reverse=True) and noises[0] > noises[-1]
+
+
+def test_a_time_that_no_plan_keeps_is_refused_with_the_least() -> None:
+    problem, widest, times = _times()
+    with pytest.raises(UsageError, match=r"quickest plan takes.*0.001us, \d[\d.]*us are predicted"):
+        within_time(problem, Budget(microseconds=1e-3), times, widest, _unjudged)
+
+
+def test_a_time_budget_needs_a_cost_model() -> None:
+    problem, widest, times = _times()
+    unknown = KernelTimes("reference", times.layers, times.sizes)
+    with pytest.raises(UnsupportedError, match="cost model knows no product.*reference"):
+        within_time(problem, Budget(microseconds=1e6), unknown, widest, _unjudged)
+    assert priced(problem, unknown) is problem
+
+
+def test_a_plan_within_the_time_must_keep_the_drop_as_well() -> None:
+    problem, widest, times = _times()
+    budget = Budget(microseconds=2 * times.total, max_drop=0.5)
+    assert within_time(problem, budget, times, widest, _scored(DROPS)).summary()["score"]["drop"] <= 0.5
+    with pytest.raises(AccuracyError, match="no plan keeps --max-drop"):
+        within_time(problem, Budget(microseconds=2 * times.total, max_drop=1e-5), times, widest, _scored(DROPS))
+
+
+def test_costs_are_what_the_target_takes_where_that_is_known() -> None:
+    problem, _, times = _times()
+    for before, layer in zip(problem.layers, priced(problem, times).layers, strict=True):
+        kind = layer.candidate.kind
+        expected = [0.0 if kind == "embedding" else times.of(choice.entry) for choice in before.choices]
+        assert [choice.cost for choice in layer.choices] == expected

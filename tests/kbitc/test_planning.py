@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,21 @@ def test_bits_a_weight_are_kept_and_the_report_says_how(
     report = json.loads(capsys.readouterr().out)
     assert report["bits_per_weight"] <= 4.4 and report["planning"]["allocator"] == "sensitivity"
     assert len({entry["scheme"] for entry in json.loads(plan.read_text())["tensors"]}) > 1
+
+
+def test_a_time_budget_is_predicted_and_reported(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = ("--target", "x86:avx512vnni")
+    assert _run("quantize", model, "-o", tmp_path / "all.onnx", "--time-budget", "1s", *target, "--json") == 0
+    free = json.loads(capsys.readouterr().out)["planning"]["predicted_microseconds"]
+    asked = 0.9 * free
+    assert _run("quantize", model, "-o", tmp_path / "q.onnx", "--time-budget", f"{asked:.3f}us", *target) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"predicted to take ([\d.]+) us of ([\d.]+)", said)
+    assert found is not None and 0 < float(found[1]) <= asked + 0.005
+    assert _run("quantize", model, "-o", tmp_path / "no.onnx", "--time-budget", "0.001us", *target) == 2
+    assert "quickest plan" in capsys.readouterr().err and not (tmp_path / "no.onnx").exists()
 
 
 def test_a_score_that_nothing_keeps_is_exit_6_with_its_interval(

@@ -229,6 +229,7 @@ def inspect(path: Path, plan: Path | None, write_plan: Path | None, as_json: boo
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep weights float: name, glob or type:Op.")
 @click.option("--plan", type=click.Path(path_type=Path), metavar="FILE", help="Analyse this plan.")
 @click.option("--write-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the suggested plan.")
+@click.option("--solver", help="How weights are rounded: rtn, hqq, gptq, awq, ...  [default: rtn]")
 @click.option("--estimate", is_flag=True, help="Estimate sensitivities to second order: quicker for many layers.")
 @click.option("--force", is_flag=True, help="Replace existing outputs.")
 @_json

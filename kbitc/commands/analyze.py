@@ -22,9 +22,10 @@ from kbitc.passes.analyze.layers import LayerAnalysis, analyze_layers, noise_db
 from kbitc.passes.analyze.matching import DEPARTS_DB, Match, first_departure, match
 from kbitc.passes.rewrite.pipeline import activation_blocks, rewrite
 from kbitc.passes.rewrite.quantize_activations import quantize_activations
-from kbitc.passes.solve import solve_weights
+from kbitc.passes.solve import Solved, solve_weights
 from kbitc.planner import MEASURED_WITH, SOLVERS
 from kbitc.quant.metrics import OutputAccuracy, compare
+from kbitc.quant.moments import InputMoments
 from kbitc.quant.plan import FLOAT, QuantPlan
 from kbitc.quant.tensor import QTensor
 from kbitc.targets.target import Target, parse_target
@@ -46,7 +47,8 @@ def analyze_model(
     Args:
         model: ONNX file.
         calibration: samples, or None: inputs are made up then.
-        options: scheme, activations, target, shapes and plan of the analysed model.
+        options: scheme, activations, target, shapes, plan and solver of the analysed model; without a solver its
+            weights are rounded to nearest.
         trace: announces the stages.
         estimate: sensitivities to second order instead of measured ones.
 
@@ -56,7 +58,8 @@ def analyze_model(
     target = parse_target(options.target)
     options = replace(options, scheme=options.scheme or default_scheme())
     prepared = driver.prepare(model, options, target, calibration, trace)
-    bench = _Bench(prepared)
+    method = options.method(prepared.calibration is not None) if options.solver else Method(MEASURED_WITH)
+    bench = _Bench(prepared, method)
     with trace.stage("plan"):
         plan, kinds = driver.make_plan(prepared.original, options, target)
         problem = _problem(prepared, plan, options, target)
@@ -66,10 +69,10 @@ def analyze_model(
     with trace.stage("sensitivity of each layer"):
         noise = second_order.estimate(problem) if estimate else sensitivity.measure(problem)
     with trace.stage("layers alone and left out"):
-        tensors = solve_weights(prepared.original, plan, kinds, Method(MEASURED_WITH)).tensors
-        layers, all_weights = analyze_layers(problem, tensors, noise)
+        solved = bench.solve(plan)
+        layers, all_weights = analyze_layers(problem, solved.tensors, noise)
     with trace.stage("values along the graph"):
-        quantized = rewrite(prepared.original, plan, tensors, kinds)
+        quantized = rewrite(solved.model, plan, solved.tensors, kinds)
         matches, activations = match(prepared.original, quantized, plan, prepared.feeds)
     with trace.stage("plans of other widths"):
         asked = bench.run(plan)
@@ -78,7 +81,10 @@ def analyze_model(
         rounded = bench.run(plan, weights=False)
     return {
         "version": ANALYSIS_VERSION,
-        "model": {**_model(model, problem, prepared.provenance), "scheme": options.scheme_text, "target": target.name},
+        "model": {
+            **_model(model, problem, prepared.provenance), "scheme": options.scheme_text, "target": target.name,
+            "solver": method.solver,
+        },
         "data": prepared.data,
         "made_up": calibration is None,
         "accuracy": _accuracy(asked),
@@ -120,24 +126,31 @@ def write_analysis(data: Mapping[str, Any], output: Path, plan: Path | None) -> 
 
 
 class _Bench:
-    """Runs plans in onnxruntime and compares them with the float model, which runs once."""
+    """Solves plans, runs them in onnxruntime and compares them with the float model, which runs once."""
 
-    def __init__(self, prepared: driver.Prepared) -> None:
-        self._prepared = prepared
+    def __init__(self, prepared: driver.Prepared, method: Method) -> None:
+        self._prepared, self._method = prepared, method
+        self._inputs: dict[str, InputMoments] = {}
+        self._solving = [] if method.solver == MEASURED_WITH else prepared.solved_on()
         self._kinds = {candidate.tensor: candidate.kind for candidate in survey(prepared.original)}
         self._float: list[dict[str, Any]] | None = None
+
+    def solve(self, plan: QuantPlan) -> Solved:
+        """The weights of a plan, and the model with its corrected biases."""
+        model = self._prepared.original
+        return solve_weights(model, plan, self._kinds, self._method, self._solving, memo=self._inputs)
 
     def run(self, plan: QuantPlan, *, weights: bool = True) -> Accuracies:
         """Accuracy of a plan; without weights only its activations are rounded."""
         model, feeds = self._prepared.original, self._prepared.feeds
-        tensors = solve_weights(model, plan, self._kinds, Method(MEASURED_WITH)).tensors
+        solved = self.solve(plan)
         if self._float is None:
             session = Session(model)
             self._float = [session.run(feed) for feed in feeds]
         if weights:
-            session = Session(rewrite(model, plan, tensors, self._kinds))
+            session = Session(rewrite(solved.model, plan, solved.tensors, self._kinds))
         else:
-            session = Session(_rounded(model, plan, tensors))
+            session = Session(_rounded(model, plan, solved.tensors))
         return compare(self._float, [session.run(feed) for feed in feeds])
 
 

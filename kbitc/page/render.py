@@ -68,7 +68,9 @@ def _top(data: Data) -> str:
               f"{suggested['sqnr_db'] - found:+.1f} dB, measured; the plan is below",
               verdict.grade(suggested["sqnr_db"])),
     ]  # fmt: skip
-    return "\n".join([*lines, f'<div class="tiles">{"".join(tiles)}</div>', f'<p class="soft">{verdict.LIMITS}</p>'])
+    return "\n".join(
+        [*lines, f'<div class="tiles">{"".join(tiles)}</div>', f'<p class="soft">{verdict.limits(data)}</p>']
+    )
 
 
 def _tile(name: str, value: str, unit: str, more: str, style: str = "") -> str:

@@ -10,10 +10,17 @@ CLOSE_DB, FAIR_DB = 30.0, 20.0
 MOST = 0.7
 #: A suggestion has to win more than this to be one.
 WORTH_DB = 0.3
-LIMITS = (
-    "Weights are rounded to nearest here, whatever solver compiles them: with calibration data gptq loses less. "
-    "A signal-to-noise ratio is not a score: measure yours with --max-drop before you rely on it."
-)
+NEAREST = "rtn"
+SCORE = "A signal-to-noise ratio is not a score: measure yours with --max-drop before you rely on it."
+
+
+def limits(data: Mapping[str, Any]) -> str:
+    """What the page does not say."""
+    solver = data["model"]["solver"]
+    rounding = "Weights are rounded to nearest here: with calibration data gptq loses less (--solver gptq shows it). "
+    if solver != NEAREST:
+        rounding = f"Weights are rounded by {solver} here, but for each width of a weight alone, which is to nearest. "
+    return rounding + SCORE
 
 
 def headline(data: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -136,3 +137,20 @@ def test_the_verdict_names_the_fewest_weights_that_make_most_of_the_noise() -> N
 )
 def test_ticks_are_round_numbers(low: float, high: float, expected: list[float]) -> None:
     assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_the_analysed_plan_is_solved_as_asked(folder: Path, data: dict[str, Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **planned.feeds()[0])
+    arguments = ["analyze", folder / "model.onnx", "--calibration", tmp_path / "data.npz"]
+    found = {}
+    for solver in ("rtn", "gptq"):
+        page = tmp_path / f"{solver}.html"
+        assert _guarded([str(item) for item in (*arguments, "--solver", solver, "-o", page)]) == 0
+        found[solver] = json.loads(page.with_suffix(".json").read_text())
+        assert found[solver]["model"]["solver"] == solver
+        assert (f"rounded by {solver}" in page.read_text()) == (solver != "rtn")
+    nearest, solved = (found[solver]["layers"] for solver in found)
+    assert [layer["alone_db"] for layer in nearest] == [layer["alone_db"] for layer in solved]
+    assert [layer["weight_db"] for layer in nearest] != [layer["weight_db"] for layer in solved]
+    assert found["gptq"]["noise"]["weights_db"] > found["rtn"]["noise"]["weights_db"]
+    assert data["model"]["solver"] == "rtn"

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 FloatArray = npt.NDArray[np.float32]
+#: In the names of the tables of a Fourier transform, which are no trained weights and stay float.
+WAVES = "kbitc_waves"
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def survey(model: ir.Model) -> list[Candidate]:
         if weight is None or weight.name is None or weight.graph is not model.graph:
             continue
         reason = ops.reason_not_quantizable(node) or _reason_of_rows(node)
+        if ops.WAVES in weight.name:
+            reason = "it is the table of a Fourier transform"
         known = found.setdefault(weight.name, (kind, []))
         known[1].append(node)
         if reason is None and known[0] != kind:

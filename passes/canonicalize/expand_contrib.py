@@ -1,4 +1,4 @@
-"""Replaces quantized and fused operators, most of them onnxruntime's own, by what they compute."""
+"""Replaces operators without a body of ONNX's own, most of them onnxruntime's, by what they compute."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from kbitc.passes.base import PassResult
 from kbitc.passes.canonicalize.contrib_attention import BODIES as ATTENTION
 from kbitc.passes.canonicalize.contrib_quantized import BODIES as QUANTIZED
 from kbitc.passes.canonicalize.expand_composite import make_call
+from kbitc.passes.canonicalize.standard_bodies import BODIES as STANDARD_BODIES
 
 DOMAIN = "com.microsoft"
-#: Those of the default domain that ONNX defines without a body.
-STANDARD = frozenset(("QLinearConv", "QLinearMatMul"))
-BODIES = {**QUANTIZED, **ATTENTION}
+BODIES = {
+    DOMAIN: {**QUANTIZED, **ATTENTION},
+    "": {**STANDARD_BODIES, **{name: QUANTIZED[name] for name in ("QLinearConv", "QLinearMatMul")}},
+}
 
 
 @dataclass(frozen=True)
 class ExpandContrib:
-    """Before: com.microsoft QLinearAdd, Attention, ...; QLinearConv and QLinearMatMul of the standard.
+    """Before: com.microsoft QLinearAdd, Attention, ...; QLinearConv, DFT, GridSample, ... of the standard.
     After: a call of a model-local function with the operator's meaning as its body; InlineFunctions opens it.
 
     Keeps forms of them that have no body here, or not before the sizes of their inputs are known: what is left is
@@ -32,8 +34,8 @@ class ExpandContrib:
         """Apply the pass."""
         modified = False
         for node in all_nodes(model):
-            known = node.op_type in (BODIES if node.domain == DOMAIN else STANDARD if not node.domain else ())
-            statements = BODIES[node.op_type](node) if known else None
+            body = BODIES.get(node.domain, {}).get(node.op_type)
+            statements = None if body is None else body(node)
             if statements is not None:
                 modified = _expand(model, node, statements) or modified
         return PassResult(model, modified)

@@ -22,6 +22,8 @@ _SAVED = (
     ((1, 1, 16), re.compile(r"avx512.*")),
     ((1, 3, 24), re.compile(r"amx.*")),
 )
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA) of x86-64 Linux.
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 _COMPUTE_CAPABILITY_MAJOR = 75  # CUdevice_attribute of the CUDA driver API
 _COMPUTE_CAPABILITY_MINOR = 76
 
@@ -83,6 +85,15 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
         if line.partition(":")[0].strip() in ("flags", "Features")
     ]
     return frozenset.intersection(*sets) if sets else frozenset()
+
+
+@functools.cache
+def may_use_tiles() -> bool:
+    """Whether programs may use AMX tiles here; asks for this process, once. Only where the processor has them.
+
+    Linux gives the room for tiles in a thread's saved state only to processes that ask (Documentation/arch/x86/xstate.rst).
+    """
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from kbitc.targets import machine
 from kbitc.targets.tuning import Schedule, Tuning
 
 FOLDERS = {"x86": "x86", "arm-neon": "neon", "cuda": "cuda", "reference": "reference"}
-SYNTAX = "host|x86[:avx2|avx512vnni|avx512vbmi]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
+SYNTAX = "host|x86[:avx2|avx512vnni|avx512vbmi|amx]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
 WEIGHT_OPERATORS = ("MatMul", "Gemm", "Conv", "Gather")
 ACTIVATIONS = {"float": "float32", "float32": "float32", "dynamic": "int8", "int8": "int8", "uint8": "uint8"}
 BLOCK_STEP = 16
@@ -271,6 +271,8 @@ def machine_runs(name: str, architecture: str, features: tuple[str, ...], device
     missing = sorted(set(features) - machine.cpu_features())
     if missing:
         return f"{name} needs the processor features {', '.join(missing)}, which this {here} processor lacks"
+    if any(feature.startswith("amx") for feature in features) and not machine.may_use_tiles():
+        return f"{name} needs AMX tiles, which the operating system does not permit this process to use"
     return _gpu_runs(name, arch) if device == "cuda" else None
 
 

@@ -75,6 +75,7 @@ class Isa(ABC):
         rows, tiles: register tile of the matrix product, in rows of activations and 16-channel tiles.
         vector_tiles: 16-channel tiles of the matrix-vector product, at most.
         ignores_high_bits: `look_up` needs no codes in range: bits above those that count are ignored.
+        tile_registers: products of many rows may use AMX tiles (`tiled.py`).
     """
 
     name: str
@@ -85,6 +86,7 @@ class Isa(ABC):
     tiles: int
     vector_tiles: int
     ignores_high_bits: bool = False
+    tile_registers: bool = False
 
     @property
     def parts(self) -> int:
@@ -227,12 +229,13 @@ def isa_of(target: Target) -> Isa:
 def _isa_of(target: Target) -> Isa:
     # Imported here: the intrinsic folders import this module.
     from kbitc.targets.neon.intrin.dotprod import Dotprod
+    from kbitc.targets.x86.intrin.amx import Amx
     from kbitc.targets.x86.intrin.avx2 import Avx2
     from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
     from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
 
     if target.has("avx512vbmi"):
-        return Avx512Vbmi()
+        return Amx() if target.has("amx") else Avx512Vbmi()
     sets: dict[str, type[Isa]] = {"vpdpbusd": Avx512Vnni, "vpmaddwd": Avx2, "sdot": Dotprod, "": Portable}
     return sets[target.dot]()
 

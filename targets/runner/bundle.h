@@ -270,7 +270,7 @@ class Bundle {
     for (const std::string& feature : variant.features) {
       if (Machine::Has(feature)) continue;
       return variant.target + " needs the processor feature " + feature + ", which this " + Machine::Architecture() +
-             " processor lacks";
+             " processor lacks or the operating system does not permit";
     }
     return "";
   }

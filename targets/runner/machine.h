@@ -14,6 +14,8 @@
 #include <sys/auxv.h>
 #else
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace kbitc {
@@ -56,7 +58,7 @@ struct Machine {
       }
       return found;
     }();
-    return known.count(feature) > 0 && IsSaved(feature);
+    return known.count(feature) > 0 && IsSaved(feature) && (feature.rfind("amx", 0) != 0 || MayUseTiles());
   }
 
   // Whether the operating system saves the registers of a feature: bits of XCR0 (Intel SDM, volume 1, 13.3).
@@ -68,6 +70,13 @@ struct Machine {
       needed = kVectors;
     }
     return (SavedRegisters() & needed) == needed;
+  }
+
+  // Whether this process may use AMX tiles; asks for it once (Linux, Documentation/arch/x86/xstate.rst).
+  static bool MayUseTiles() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
   }
 
   // XCR0; 0 where the operating system has not enabled it.

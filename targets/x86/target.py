@@ -1,4 +1,4 @@
-"""x86-64 with AVX2, with AVX-512 and VNNI, or with VBMI too.
+"""x86-64 with AVX2, with AVX-512 and VNNI, with VBMI too, or with AMX tiles of int8 beside these.
 
 All integer paths give exact int32 sums: `vpmaddubsw` is never used.
 """
@@ -8,13 +8,18 @@ from __future__ import annotations
 from kbitc.targets import machine
 from kbitc.targets.target import Requirement, Target
 
-VARIANTS = ("avx2", "avx512vnni", "avx512vbmi")
+VARIANTS = ("avx2", "avx512vnni", "avx512vbmi", "amx")
 TRIPLE = "x86_64-linux-gnu"
 # What LLVM may use for -mcpu=haswell and -mcpu=cascadelake, with the names of /proc/cpuinfo.
 AVX2 = ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt")
 AVX512VNNI = (*AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni")
 # Ice Lake, Zen 4 and later.
 AVX512VBMI = (*AVX512VNNI, "avx512vbmi")
+# Sapphire Rapids and later.
+AMX = (*AVX512VBMI, "amx_int8", "amx_tile")
+CPU_FEATURES = dict(zip(VARIANTS, (AVX2, AVX512VNNI, AVX512VBMI, AMX), strict=True))
+# What LLVM may use beyond cascadelake.
+MORE = {"avx512vbmi": ("+avx512vbmi",), "amx": ("+avx512vbmi", "+amx-tile", "+amx-int8")}
 
 
 def bundled_features() -> tuple[tuple[str, ...], ...]:
@@ -31,12 +36,12 @@ def declare(features: tuple[str, ...]) -> Target:
     return Target(
         name=f"x86:{variant}",
         kind="x86",
-        features=(variant,),
+        features=("avx512vbmi", "amx") if variant == "amx" else (variant,),
         machine="x86_64",
         triple=TRIPLE,
         device="cpu",
-        cpu_features={"avx2": AVX2, "avx512vnni": AVX512VNNI, "avx512vbmi": AVX512VBMI}[variant],
-        tvm_fields=(*fields, ("mattr", ("+avx512vbmi",))) if variant == "avx512vbmi" else fields,
+        cpu_features=CPU_FEATURES[variant],
+        tvm_fields=(*fields, ("mattr", MORE[variant])) if variant in MORE else fields,
         vector_bytes=64 if wide else 32,
         lanes=16 if wide else 8,
         dot="vpdpbusd" if wide else "vpmaddwd",

@@ -19,6 +19,12 @@ static Config usual(void) {
   return config;
 }
 
+// GCC takes it that only the first bytes of a configuration are read.
+static void load(const Config* config) {
+  asm volatile("" ::"r"(config) : "memory");
+  _tile_loadconfig(config);
+}
+
 int main(int count, char** names) {
   if (count != 2 || amx_install() != 0) return 2;
   const char* name = names[1];
@@ -26,44 +32,44 @@ int main(int count, char** names) {
   if (strcmp(name, "unconfigured") == 0) {
     _tile_zero(0);
   } else if (strcmp(name, "released") == 0) {
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_release();
     _tile_loadd(0, memory, 64);
   } else if (strcmp(name, "missing") == 0) {
     config.rows[3] = 0, config.bytes[3] = 0;
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_loadd(3, memory, 64);
   } else if (strcmp(name, "palette") == 0) {
     config.palette = 2;
-    _tile_loadconfig(&config);
+    load(&config);
   } else if (strcmp(name, "wide") == 0) {
     config.bytes[0] = 65;
-    _tile_loadconfig(&config);
+    load(&config);
   } else if (strcmp(name, "reserved") == 0) {
     config.reserved[3] = 1;
-    _tile_loadconfig(&config);
+    load(&config);
   } else if (strcmp(name, "half") == 0) {
     config.rows[5] = 0;
-    _tile_loadconfig(&config);
+    load(&config);
   } else if (strcmp(name, "twice") == 0) {
-    _tile_loadconfig(&config);
+    load(&config);
     asm volatile(".byte 0xc4, 0xe2, 0x73, 0x5e, 0xc1");  // tdpbssd tmm0, tmm1, tmm1: no assembler takes it
   } else if (strcmp(name, "rows") == 0) {
     config.rows[1] = 8;
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_dpbusd(0, 1, 2);
   } else if (strcmp(name, "inner") == 0) {
     config.rows[2] = 8;
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_dpbsud(0, 1, 2);
   } else if (strcmp(name, "columns") == 0) {
     config.bytes[2] = 32;
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_dpbuud(0, 1, 2);
   } else if (strcmp(name, "other") == 0) {
     __builtin_trap();  // ud2: no AMX instruction
   } else if (strcmp(name, "right") == 0) {
-    _tile_loadconfig(&config);
+    load(&config);
     _tile_loadd(7, memory, 64);
     Config found;
     memset(&found, 255, sizeof found);

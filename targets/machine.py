@@ -91,7 +91,7 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
 def may_use_tiles() -> bool:
     """Whether programs may use AMX tiles here; asks for this process, once. Only where the processor has them.
 
-    Linux gives the room for tiles in a thread's saved state only to processes that ask (Documentation/arch/x86/xstate.rst).
+    Linux saves the tiles of a thread only for processes that ask (Documentation/arch/x86/xstate.rst).
     """
     return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
 

@@ -30,13 +30,14 @@ from typing import Any
 
 from tvm import tirx
 
-from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, per_vector
+from kbitc.quant.packing import GROUP, STEPS, UNIT, per_vector
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
-from kbitc.targets.kernels.packed import WeightArguments, WeightSpec, declare_bias, declare_weight
+from kbitc.targets.kernels.packed import WeightSpec, declare_bias, declare_weight
+from kbitc.targets.kernels.qfold import Arguments, Fold, Place
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
-from kbitc.targets.kernels.tasks import clamp, row_tasks, store_channels
+from kbitc.targets.kernels.tasks import row_tasks
 from kbitc.targets.lower.contraction import PostFunction
 
 Expr = Any
@@ -77,19 +78,6 @@ class QgemmSpec(WeightSpec):
 
 
 @dataclass
-class _Arguments:
-    """The kernel's buffers, flattened to rows where several dimensions lead."""
-
-    codes: Buffer
-    act_scales: Buffer
-    sums: Buffer
-    weight: WeightArguments
-    bias: Buffer | None
-    out: Buffer
-    accumulators: Buffer | None
-
-
-@dataclass
 class _Tile:
     """One register tile: some rows by some 16-channel tiles.
 
@@ -103,6 +91,10 @@ class _Tile:
     tiles: int
     sums: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
     totals: dict[tuple[int, int, int], Buffer] = field(default_factory=dict)
+
+    def row(self, r: int, of: dict[tuple[int, int, int], Any]) -> dict[Place, Any]:
+        """What belongs to one row, by (tile, part)."""
+        return {key[1:]: held for key, held in of.items() if key[0] == r}
 
 
 def make_qgemm(spec: QgemmSpec, isa: Isa, name: str) -> Any:
@@ -125,7 +117,6 @@ class _Generator:
         self.isa = isa
         self.feed: Feed = isa.feed(spec.data_type)
         self.table: list[Expr] | None = None
-        self.zero_shift = stored_bias(spec.data_type) - self.feed.bias
 
     def emit(self) -> None:
         """Arguments, then statements."""
@@ -135,6 +126,7 @@ class _Generator:
         bind_views = self._arguments(dims)
         with v.root():
             self.args = bind_views()
+            self.fold = Fold(spec, self.isa, self.args, stored_bias(spec.data_type) - self.feed.bias)
             row_tasks(
                 self.rows.count,
                 (self.isa.rows, self.isa.tiles),
@@ -145,7 +137,7 @@ class _Generator:
                 ahead_of([self.args.weight.packed, self.args.weight.scales]),
             )
 
-    def _arguments(self, dims: v.DimVars) -> Callable[[], _Arguments]:
+    def _arguments(self, dims: v.DimVars) -> Callable[[], Arguments]:
         """Declare the arguments; what is returned makes the views of them."""
         spec, rows = self.spec, self.rows
         activation = (
@@ -159,14 +151,14 @@ class _Generator:
         each = (spec.taps * spec.blocks, spec.outputs)
         raw = v.argument("accumulators", (*rows.out_shape, *each), "int32") if spec.accumulators else None
 
-        def views() -> _Arguments:
+        def views() -> Arguments:
             codes, act_scales, sums = (
                 v.view(buffer, (rows.source_rows, width), dtype)
                 for buffer, (_, width, dtype) in zip(given, activation, strict=True)
             )
             results = v.view(out, (rows.count, spec.outputs), "float32")
             accumulators = None if raw is None else v.view(raw, (rows.count, *each), "int32")
-            return _Arguments(codes, act_scales, sums, weight, bias, results, accumulators)
+            return Arguments(codes, act_scales, sums, weight, bias, results, accumulators)
 
         return views
 
@@ -183,29 +175,7 @@ class _Generator:
             if self.spec.factors:
                 tile.totals[key] = v.register(lanes, "int32")
         v.loop(self.spec.taps, lambda tap: self._tap(tile, tap))
-        self._finish(tile)
-
-    def _add_totals(self, tile: _Tile, source: list[Expr]) -> None:
-        """The exact sums of a tap, scaled, to the float sums."""
-        lanes, zero = self.isa.lanes, v.i64(0)
-        scales = self.numbers(self.args.weight.scales, tile, zero, zero)
-        for r, row in enumerate(source):
-            act_scale = v.bind(v.splat(self.args.act_scales[row, zero], lanes))
-            for i, p in scales:
-                held, total = tile.sums[r, i, p], v.get(tile.totals[r, i, p], lanes)
-                v.put(held, v.get(held, lanes) + v.cast(total, "float32", lanes) * (act_scale * scales[i, p]), lanes)
-
-    def numbers(self, buffer: Buffer, tile: _Tile, tap: Expr, block: Expr) -> dict[tuple[int, int], Expr]:
-        """Scales or offsets of a block as float32 vectors, factors as int32 vectors, by (tile, part)."""
-        lanes, found = self.isa.lanes, {}
-        for i in range(tile.tiles):
-            for p in range(self.isa.parts):
-                stored = v.load(buffer, [tile.first + i, tap, block, p * lanes], lanes)
-                if str(buffer.dtype) == "uint8":
-                    found[i, p] = v.bind(v.cast(stored, "int32", lanes))
-                else:
-                    found[i, p] = v.bind(self.isa.widen(stored) if str(buffer.dtype) == "float16" else stored)
-        return found
+        self.fold.finish(first, [(row, tile.row(r, tile.sums)) for r, row in enumerate(out_rows)])
 
     def _keys(self, tile: _Tile) -> list[tuple[int, int, int]]:
         return [(r, i, p) for r in range(len(tile.base)) for i in range(tile.tiles) for p in range(self.isa.parts)]
@@ -231,28 +201,18 @@ class _Generator:
         rest = spec.channels % spec.block
         if rest and spec.block < spec.channels:
             body.emit(v.i64(whole), v.i64(whole * halves // 2), rest, lead_half=whole * halves % 2 == 1)
-        if tile.totals:
-            self._add_totals(tile, source)
+        if not tile.totals:
+            return
+        steps = self.fold.steps(tile.first, tile.tiles)
+        for r, row in enumerate(source):
+            totals = {place: v.get(tile.totals[r, *place], self.isa.lanes) for place in steps}
+            self.fold.totals(steps, totals, row, tile.row(r, tile.sums))
 
     def _pair(self, body: _Block, pair: Expr, halves: int) -> None:
         """Two neighbouring blocks, the second of which starts in the middle of a unit."""
         start = v.bind(pair * halves)
         body.emit(v.bind(pair * 2), start, self.spec.block, lead_half=False)
         body.emit(v.bind(pair * 2 + 1), v.bind(start + halves // 2), self.spec.block, lead_half=True)
-
-    def _finish(self, tile: _Tile) -> None:
-        """Bias, clamp, store; the last tile stores only its real channels."""
-        spec, isa = self.spec, self.isa
-        values = {}
-        for r, i, p in self._keys(tile):
-            value = v.get(tile.sums[r, i, p], isa.lanes)
-            if self.args.bias is not None:
-                value = value + v.load(self.args.bias, [(tile.first + i) * LANES + p * isa.lanes], isa.lanes)
-            values[r, i, p] = v.bind(clamp(v.bind(value), spec.post, isa.lanes))
-        for r, i, p in self._keys(tile):
-            store_channels(
-                self.args.out, [tile.out_rows[r]], tile.first + i, p, values[r, i, p], spec.outputs, isa.lanes
-            )
 
 
 class _Block:
@@ -347,36 +307,8 @@ class _Block:
 
     def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:
         """Subtract zero points, scale, add to the sums; then what offsets add."""
-        g, isa, tile, spec = self.g, self.g.isa, self.tile, self.g.spec
-        lanes = isa.lanes
-        tap, at = (self.tap, block) if spec.scale_per_block else (v.i64(0), v.i64(0))
-        weight = g.args.weight
-        scales = g.numbers(weight.scales if weight.factors is None else weight.factors, tile, tap, at)
-        offsets = None if weight.offsets is None else g.numbers(weight.offsets, tile, tap, at)
+        fold, tile = self.g.fold, self.tile
+        numbers = fold.numbers(tile.first, tile.tiles, self.tap, block)
+        held = tile.totals or tile.sums
         for r, source in enumerate(self.source):
-            step = v.bind(g.args.act_scales[source, v.i64(0) if spec.row_scales else block])
-            act_scale = v.bind(v.splat(step, lanes))
-            if offsets is not None:
-                summed = v.bind(v.splat(v.cast(g.args.sums[source, block], "float32", 1) * step, lanes))
-            for i, p in scales:
-                exact = acc[r, i, p]
-                if weight.zeros is not None:
-                    exact = v.bind(exact - self._zero_level(i, p, tap, at) * v.splat(g.args.sums[source, block], lanes))
-                if g.args.accumulators is not None:
-                    row = [tile.out_rows[r], self.tap * spec.blocks + block]
-                    store_channels(g.args.accumulators, row, tile.first + i, p, exact, spec.outputs, lanes)
-                if spec.factors:
-                    held = tile.totals[r, i, p]
-                    v.put(held, v.get(held, lanes) + exact * scales[i, p], lanes)
-                    continue
-                held = tile.sums[r, i, p]
-                total = v.get(held, lanes) + v.cast(exact, "float32", lanes) * (act_scale * scales[i, p])
-                if offsets is not None:
-                    total = v.bind(total) + summed * offsets[i, p]
-                v.put(held, total, lanes)
-
-    def _zero_level(self, i: int, p: int, tap: Expr, at: Expr) -> Expr:
-        """The zero point as it is fed: int32 vector."""
-        lanes = self.g.isa.lanes
-        stored = v.load(self.g.args.weight.zeros, [self.tile.first + i, tap, at, p * lanes], lanes)
-        return v.cast(stored, "int32", lanes) - v.full(self.g.zero_shift, "int32", lanes)
+            fold.row(numbers, tile.row(r, acc), source, tile.out_rows[r], tile.row(r, held))

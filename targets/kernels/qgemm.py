@@ -36,6 +36,7 @@ from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.packed import WeightSpec, declare_bias, declare_weight
 from kbitc.targets.kernels.qfold import Arguments, Fold, Place
+from kbitc.targets.kernels.qtiled import LEAST_ROWS, QTiled, takes
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import row_tasks
 from kbitc.targets.lower.contraction import PostFunction
@@ -127,15 +128,20 @@ class _Generator:
         with v.root():
             self.args = bind_views()
             self.fold = Fold(spec, self.isa, self.args, stored_bias(spec.data_type) - self.feed.bias)
-            row_tasks(
-                self.rows.count,
-                (self.isa.rows, self.isa.tiles),
-                self.isa.vector_tiles,
-                spec.output_tiles,
-                self._tile,
-                self.rows.least,
-                ahead_of([self.args.weight.packed, self.args.weight.scales]),
-            )
+            if not takes(spec, self.isa):
+                self._dot_products(self.rows.least)
+            elif isinstance(self.rows.count, int):
+                QTiled(spec, self.isa, self.args, self.rows.count).emit()
+            else:
+                few = self.rows.count < v.i64(LEAST_ROWS)
+                many = QTiled(spec, self.isa, self.args, self.rows.count)
+                v.when(few, lambda: self._dot_products(0), many.emit)
+
+    def _dot_products(self, least: int) -> None:
+        """Register tiles of dot products in parallel."""
+        isa, shape = self.isa, (self.isa.rows, self.isa.tiles)
+        ahead = ahead_of([self.args.weight.packed, self.args.weight.scales])
+        row_tasks(self.rows.count, shape, isa.vector_tiles, self.spec.output_tiles, self._tile, least, ahead)
 
     def _arguments(self, dims: v.DimVars) -> Callable[[], Arguments]:
         """Declare the arguments; what is returned makes the views of them."""

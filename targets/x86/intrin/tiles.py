@@ -53,7 +53,8 @@ def config_words(row_bytes: Sequence[int]) -> list[int]:
 
 def configure(config: Buffer) -> None:
     """Give the thread tiles (ldtilecfg); all are zero. `config` is int64 [8]."""
-    call("ldtilecfg", address(config, v.i64(0)))
+    # Not by `address`, which TVM refuses where the buffer shares its place with another of other elements.
+    call("ldtilecfg", tirx.address_of(config[v.i64(0)]))
 
 
 def release() -> None:

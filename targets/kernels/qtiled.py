@@ -1,0 +1,189 @@
+"""The product of `qgemm.py` for many rows on AMX tiles: the same integers and the same order of float operations.
+
+Levels are decoded as signed bytes (with offsets as unsigned codes), so that the exact sum of a block is the sum of
+codes by levels itself. Integer block scales are multiplied into the levels where that fits a byte, which makes all of
+a row one exact sum; where it does not, each block is summed by itself and multiplied in int32, as float scales are in
+float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tvm import tirx
+
+from kbitc.quant.format import Format
+from kbitc.quant.packing import LANES, STEPS, UNIT, VECTOR_BYTES
+from kbitc.quant.scheme import LARGEST_PRODUCT
+from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
+from kbitc.targets.kernels.packed import WeightSpec
+from kbitc.targets.kernels.qfold import Arguments, Fold, Place
+from kbitc.targets.kernels.rows import MatmulRows
+from kbitc.targets.kernels.tiled import Reduction, Tiled, TilePart, minus, times
+
+if TYPE_CHECKING:
+    from kbitc.targets.kernels.qgemm import QgemmSpec
+
+Expr = Any
+Buffer = Any
+MOST_FACTOR = 15
+# Fewer rows are left to dot products: by the count of instructions (docs/amx.md) tiles gain from here on.
+LEAST_ROWS = 8
+
+
+def takes(spec: QgemmSpec, isa: Isa) -> bool:
+    """Whether tiles compute the product, at least when its rows turn out to be many."""
+    rows = spec.rows
+    if not isa.tile_registers or not isinstance(rows, MatmulRows):
+        return False
+    return not (isinstance(rows.count, int) and rows.count < LEAST_ROWS) and reduction(spec).possible
+
+
+def reduction(spec: QgemmSpec) -> Reduction:
+    """How the channels are cut: spans of a block of scales, or of all."""
+    span = spec.channels if folds_factors(spec) else spec.block
+    return Reduction(spec.channels, spec.padded_channels, span)
+
+
+def folds_factors(spec: QgemmSpec) -> bool:
+    """Whether level times integer block scale fits int8, less the zero point; the sums of blocks must not be asked for.
+
+    A block scale is at most `QuantScheme.largest_scale_code`: levels times it fit without a zero point.
+    """
+    return spec.factors and not spec.accumulators and largest_product(spec) <= LARGEST_PRODUCT
+
+
+def largest_product(spec: WeightSpec) -> int:
+    """The largest magnitude of (level - zero point) times factor."""
+    levels, largest = spec.data_type.levels, spec.data_type.largest
+    factor = min(MOST_FACTOR, LARGEST_PRODUCT // largest)
+    return int(factor * (max(levels) - min(levels) if spec.zero_point else largest))
+
+
+def signed_levels(data_type: Format, origin: int) -> tuple[Feed, int]:
+    """How codes become bytes of level - origin, and what is added to each byte after that (0: nothing)."""
+    levels = data_type.levels
+    step = levels[1] - levels[0]
+    if step in (1, 2) and levels == tuple(levels[0] + step * i for i in range(len(levels))):
+        return Feed(bias=0, shift=step - 1), levels[0] - origin
+    return Feed(bias=0, table=tuple((level - origin) % 256 for level in levels)), 0
+
+
+class QTiled(Tiled):
+    """A product on tiles.
+
+    Args:
+        spec: one that `takes` takes.
+        isa: of the vectors.
+        args: buffers.
+        rows: number of rows.
+    """
+
+    def __init__(self, spec: QgemmSpec, isa: Isa, args: Arguments, rows: Any) -> None:
+        self.spec = spec
+        self.isa = isa
+        self.args = args
+        self.folds = folds_factors(spec)
+        self.feed, self.plus = signed_levels(spec.data_type, spec.origin)
+        self.table: list[Expr] | None = None
+        self.fold_rows = Fold(spec, isa, args, stored_bias(spec.data_type))
+        self.rows, self.output_tiles, self.taps = rows, spec.output_tiles, spec.taps
+        self.reduction = reduction(spec)
+        self.activations, self.stride = args.codes, spec.padded_channels
+        self.left_signed, self.right_signed = True, not spec.offset
+
+    def prepare(self) -> None:
+        """See `Tiled.prepare`."""
+        table = self.feed.table
+        self.table = None if table is None else [v.bind(part) for part in self.isa.table(table)]
+
+    def decode(self, tile: Expr, tap: Expr, unit: Expr) -> list[Expr]:
+        """See `Tiled.decode`."""
+        bits = self.spec.data_type.bits
+        codes = unit_codes(self.isa, bits, self.args.weight.packed, [tile, tap, unit], 0)
+        made = []
+        half = STEPS // 2
+        for step in range(STEPS):
+            if self.folds and step % half == 0:
+                numbers = self._block_numbers(tile, tap, unit, step // half)
+            levels = level_bytes(self.isa, self.feed, self.table, codes, step)
+            if self.plus:
+                levels = levels + v.full(self.plus % 256, "uint8", VECTOR_BYTES)
+            levels = v.bind(levels)
+            if self.folds:
+                factors, zeros = numbers
+                levels = v.bind(times(levels if zeros is None else v.bind(minus(levels, zeros)), factors))
+            made.append(levels)
+        return made
+
+    def _block_numbers(self, tile: Expr, tap: Expr, unit: Expr, half: int) -> tuple[Expr, Expr | None]:
+        """Factors, and zero points as bytes of levels, of half a unit: int32 vectors. The last block also pads."""
+        spec, weight = self.spec, self.args.weight
+        start = unit * UNIT + half * (UNIT // 2)
+        block = v.bind(tirx.min(tirx.truncdiv(start, v.i64(spec.block)), v.i64(spec.blocks - 1)))
+        factors = v.bind(v.cast(v.load(weight.factors, [tile, tap, block, 0], LANES), "int32", LANES))
+        if weight.zeros is None:
+            return factors, None
+        stored = v.cast(v.load(weight.zeros, [tile, tap, block, 0], LANES), "int32", LANES)
+        level = stored - v.full(stored_bias(spec.data_type), "int32", LANES)
+        return factors, v.bind(level & v.full(0xFF, "int32", LANES))
+
+    def begin(self, part: TilePart) -> None:
+        """Sums of 0.0, totals of 0: their bits are the same."""
+
+        def row(r: Expr) -> None:
+            for i in range(part.tiles):
+                part.keep(r, i, v.full(0, "int32", LANES))
+
+        part.each_row(row)
+
+    def fold(self, part: TilePart, tap: Expr, block: Expr) -> None:
+        """See `Tiled.fold`."""
+        if self.folds:
+            steps = self.fold_rows.steps(part.first, part.tiles)
+            self._each(part, lambda row, exact, held: self.fold_rows.totals(steps, exact, row, held))
+            return
+        numbers = self.fold_rows.numbers(part.first, part.tiles, tap, block)
+        self._each(part, lambda row, exact, held: self.fold_rows.row(numbers, exact, row, row, held))
+
+    def end(self, part: TilePart) -> None:
+        """Totals to floats where block scales are factors, then bias, clamp, results."""
+        steps = self.fold_rows.steps(part.first, part.tiles) if self._totals else {}
+
+        def row(r: Expr) -> None:
+            at = v.bind(part.row + r)
+            held = self._registers(part, r)
+            if self._totals:
+                totals = {place: v.bind(v.get(buffer, LANES)) for place, buffer in held.items()}
+                held = {place: v.register(LANES, "float32") for place in held}
+                for buffer in held.values():
+                    v.put(buffer, v.full(0.0, "float32", LANES), LANES)
+                self.fold_rows.totals(steps, totals, at, held)
+            self.fold_rows.finish(part.first, [(at, held)])
+
+        part.each_row(row)
+
+    @property
+    def _totals(self) -> bool:
+        """Whether exact sums of blocks are added in int32: there is one tap then."""
+        return self.spec.factors and not self.folds
+
+    def _registers(self, part: TilePart, r: Expr) -> dict[Place, Buffer]:
+        """What the sums of a row are added to, in registers."""
+        dtype = "int32" if self._totals else "float32"
+        held = {(i, 0): v.register(LANES, dtype) for i in range(part.tiles)}
+        for (i, _), buffer in held.items():
+            v.put(buffer, part.load(r, i, dtype, total=True), LANES)
+        return held
+
+    def _each(self, part: TilePart, body: Any) -> None:
+        """body(row, exact sums, registers) for every row; the registers are kept."""
+
+        def row(r: Expr) -> None:
+            at, held = v.bind(part.row + r), self._registers(part, r)
+            body(at, {(i, 0): part.load(r, i, "int32", total=False) for i in range(part.tiles)}, held)
+            for (i, _), buffer in held.items():
+                part.keep(r, i, v.bind(v.get(buffer, LANES)))
+
+        part.each_row(row)

@@ -93,7 +93,7 @@ def may_use_tiles() -> bool:
 
     Linux saves the tiles of a thread only for processes that ask (Documentation/arch/x86/xstate.rst).
     """
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
 
 
 @functools.cache

@@ -15,20 +15,22 @@ from typing import Any
 
 from tvm import tirx
 
+from kbitc.quant.levels import WHOLE_BYTES
 from kbitc.quant.packing import GROUP, LANES, UNIT, packed_shape
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.ahead import ahead_of
 from kbitc.targets.kernels.byte_dot import ByteDot, signed_word
 from kbitc.targets.kernels.codes import UnitCodes
-from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, unit_codes
+from kbitc.targets.kernels.isa import Isa, level_bytes, unit_codes
+from kbitc.targets.kernels.itiled import LEAST_ROWS, ITiled, LevelArguments, signed_feed, takes
 from kbitc.targets.kernels.requantize import Epilogue, arguments, packed_codes, prepare, store_codes, store_first
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows, padded_size, unknown_size
 from kbitc.targets.kernels.tasks import row_tasks, store_channels
+from kbitc.targets.kernels.tiled import lines_of
 
 Expr = Any
 Buffer = Any
 Key = tuple[int, int, int]
-WHOLE_BYTES = 8
 MOST_ROWS = 8
 MOST_TILES = 4
 
@@ -79,17 +81,6 @@ class IgemmSpec:
     def blocks(self) -> int:
         """Factors of one tap."""
         return -(-self.channels // self.block)
-
-
-def signed_feed(spec: IgemmSpec) -> tuple[Feed, int]:
-    """How codes become level bytes, and what is added to each byte after that (0: nothing)."""
-    grid = spec.grid
-    if spec.bits == WHOLE_BYTES:
-        return Feed(bias=0), 0
-    step = grid[1] - grid[0]
-    if step in (1, 2) and grid == tuple(grid[0] + step * i for i in range(len(grid))):
-        return Feed(bias=0, shift=step - 1), grid[0]
-    return Feed(bias=0, table=tuple(level % 256 for level in grid)), 0
 
 
 def tile_shape(spec: IgemmSpec, dot: ByteDot) -> tuple[int, int]:
@@ -162,10 +153,22 @@ class _Generator:
                 (v.view(out, (rows.count, spec.groups, spec.outputs), kind), kind)
                 for out, kind in zip(outs, kinds, strict=True)
             ]
-            few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
-            # An image has as many rows as pixels, however many images there are.
-            ahead = ahead_of([self.packed])
-            row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, rows.least, ahead)
+            lines = lines_of(rows, spec.pixel) if takes(spec, self.isa) else None
+            if lines is None:
+                self._dot_products()
+                return
+            given = LevelArguments(self.x, self.packed, self.bias, self.factors, rows.count)
+            many = ITiled(spec, self.isa, given, lines, self._finish)
+            some = not isinstance(rows.count, int) and rows.least < LEAST_ROWS
+            v.when(rows.count < v.i64(LEAST_ROWS) if some else False, self._dot_products, many.emit)
+
+    def _dot_products(self) -> None:
+        """Register tiles of dot products in parallel."""
+        spec, rows = self.spec, self.rows
+        few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
+        # An image has as many rows as pixels, however many images there are.
+        ahead = ahead_of([self.packed])
+        row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, rows.least, ahead)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from its bias to its results in memory."""

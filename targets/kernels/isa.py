@@ -8,6 +8,7 @@ levels are fed: unsigned (x86) or signed (NEON).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,14 @@ def feed_of(data_type: Format, *, signed: bool) -> Feed:
         return Feed(bias=-levels[0] - 128, shift=step - 1, flip=0x80)
     bias = 0 if signed else 128
     return Feed(bias=bias, table=tuple((level + bias) % 256 for level in levels))
+
+
+def signed_levels(levels: Sequence[int], origin: int = 0) -> tuple[Feed, int]:
+    """How codes become bytes of level - origin, and what is added to each byte after that (0: nothing)."""
+    step = levels[1] - levels[0]
+    if step in (1, 2) and tuple(levels) == tuple(levels[0] + step * i for i in range(len(levels))):
+        return Feed(bias=0, shift=step - 1), levels[0] - origin
+    return Feed(bias=0, table=tuple((level - origin) % 256 for level in levels)), 0
 
 
 class Isa(ABC):

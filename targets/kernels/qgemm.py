@@ -39,6 +39,7 @@ from kbitc.targets.kernels.qfold import Arguments, Fold, Place
 from kbitc.targets.kernels.qtiled import LEAST_ROWS, QTiled, takes
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import row_tasks
+from kbitc.targets.kernels.tiled import lines_of
 from kbitc.targets.lower.contraction import PostFunction
 
 Expr = Any
@@ -128,14 +129,15 @@ class _Generator:
         with v.root():
             self.args = bind_views()
             self.fold = Fold(spec, self.isa, self.args, stored_bias(spec.data_type) - self.feed.bias)
-            if not takes(spec, self.isa):
+            lines = lines_of(self.rows, spec.padded_channels) if takes(spec, self.isa) else None
+            if lines is None:
                 self._dot_products(self.rows.least)
-            elif isinstance(self.rows.count, int):
-                QTiled(spec, self.isa, self.args, self.rows.count).emit()
+                return
+            many = QTiled(spec, self.isa, self.args, self.rows, lines)
+            if isinstance(self.rows.count, int) or self.rows.least >= LEAST_ROWS:
+                many.emit()
             else:
-                few = self.rows.count < v.i64(LEAST_ROWS)
-                many = QTiled(spec, self.isa, self.args, self.rows.count)
-                v.when(few, lambda: self._dot_products(0), many.emit)
+                v.when(self.rows.count < v.i64(LEAST_ROWS), lambda: self._dot_products(0), many.emit)
 
     def _dot_products(self, least: int) -> None:
         """Register tiles of dot products in parallel."""

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from tvm import tirx
 
-from kbitc.quant.format import Format
 from kbitc.quant.packing import LANES, STEPS, UNIT, VECTOR_BYTES
 from kbitc.quant.scheme import LARGEST_PRODUCT
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
+from kbitc.targets.kernels.isa import Isa, level_bytes, signed_levels, stored_bias, unit_codes
 from kbitc.targets.kernels.packed import WeightSpec
 from kbitc.targets.kernels.qfold import Arguments, Fold, Place
-from kbitc.targets.kernels.rows import MatmulRows
-from kbitc.targets.kernels.tiled import Reduction, Tiled, TilePart, minus, times
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows
+from kbitc.targets.kernels.tiled import Lines, Reduction, Tiled, TilePart, lines_of, minus, times
 
 if TYPE_CHECKING:
     from kbitc.targets.kernels.qgemm import QgemmSpec
@@ -34,10 +33,12 @@ LEAST_ROWS = 8
 
 def takes(spec: QgemmSpec, isa: Isa) -> bool:
     """Whether tiles compute the product, at least when its rows turn out to be many."""
-    rows = spec.rows
-    if not isa.tile_registers or not isinstance(rows, MatmulRows):
+    count = spec.rows.count
+    if not isa.tile_registers or (isinstance(count, int) and count < LEAST_ROWS):
         return False
-    return not (isinstance(rows.count, int) and rows.count < LEAST_ROWS) and reduction(spec).possible
+    if spec.factors and not folds_factors(spec) and spec.taps > 1:
+        return False
+    return lines_of(spec.rows, spec.padded_channels) is not None and reduction(spec).possible
 
 
 def reduction(spec: QgemmSpec) -> Reduction:
@@ -61,15 +62,6 @@ def largest_product(spec: WeightSpec) -> int:
     return int(factor * (max(levels) - min(levels) if spec.zero_point else largest))
 
 
-def signed_levels(data_type: Format, origin: int) -> tuple[Feed, int]:
-    """How codes become bytes of level - origin, and what is added to each byte after that (0: nothing)."""
-    levels = data_type.levels
-    step = levels[1] - levels[0]
-    if step in (1, 2) and levels == tuple(levels[0] + step * i for i in range(len(levels))):
-        return Feed(bias=0, shift=step - 1), levels[0] - origin
-    return Feed(bias=0, table=tuple((level - origin) % 256 for level in levels)), 0
-
-
 class QTiled(Tiled):
     """A product on tiles.
 
@@ -77,20 +69,21 @@ class QTiled(Tiled):
         spec: one that `takes` takes.
         isa: of the vectors.
         args: buffers.
-        rows: number of rows.
+        rows: as in the specification, with the kernel's own dimensions.
+        lines: of the rows.
     """
 
-    def __init__(self, spec: QgemmSpec, isa: Isa, args: Arguments, rows: Any) -> None:
+    def __init__(self, spec: QgemmSpec, isa: Isa, args: Arguments, rows: MatmulRows | ConvRows, lines: Lines) -> None:
         self.spec = spec
         self.isa = isa
         self.args = args
         self.folds = folds_factors(spec)
-        self.feed, self.plus = signed_levels(spec.data_type, spec.origin)
+        self.feed, self.plus = signed_levels(spec.data_type.levels, spec.origin)
         self.table: list[Expr] | None = None
         self.fold_rows = Fold(spec, isa, args, stored_bias(spec.data_type))
-        self.rows, self.output_tiles, self.taps = rows, spec.output_tiles, spec.taps
-        self.reduction = reduction(spec)
-        self.activations, self.stride = args.codes, spec.padded_channels
+        self.rows, self.output_tiles, self.taps = rows.count, spec.output_tiles, spec.taps
+        self.reduction, self.lines = reduction(spec), lines
+        self.activations, self.one_sum = args.codes, False
         self.left_signed, self.right_signed = True, not spec.offset
 
     def prepare(self) -> None:
@@ -142,10 +135,10 @@ class QTiled(Tiled):
         """See `Tiled.fold`."""
         if self.folds:
             steps = self.fold_rows.steps(part.first, part.tiles)
-            self._each(part, lambda row, exact, held: self.fold_rows.totals(steps, exact, row, held))
+            self._each(part, tap, lambda source, row, exact, held: self.fold_rows.totals(steps, exact, source, held))
             return
         numbers = self.fold_rows.numbers(part.first, part.tiles, tap, block)
-        self._each(part, lambda row, exact, held: self.fold_rows.row(numbers, exact, row, row, held))
+        self._each(part, tap, lambda source, row, exact, held: self.fold_rows.row(numbers, exact, source, row, held))
 
     def end(self, part: TilePart) -> None:
         """Totals to floats where block scales are factors, then bias, clamp, results."""
@@ -177,12 +170,14 @@ class QTiled(Tiled):
             v.put(buffer, part.load(r, i, dtype, total=True), LANES)
         return held
 
-    def _each(self, part: TilePart, body: Any) -> None:
-        """body(row, exact sums, registers) for every row; the registers are kept."""
+    def _each(self, part: TilePart, tap: Expr, body: Any) -> None:
+        """body(row of the activation, row of the output, exact sums, registers) for every row; keeps the registers."""
+        offset = v.bind(self.lines.tap_offset(tap))
 
         def row(r: Expr) -> None:
-            at, held = v.bind(part.row + r), self._registers(part, r)
-            body(at, {(i, 0): part.load(r, i, "int32", total=False) for i in range(part.tiles)}, held)
+            source, held = part.source(r, self.lines.step, offset), self._registers(part, r)
+            exact = {(i, 0): part.load(r, i, "int32", total=False) for i in range(part.tiles)}
+            body(source, v.bind(part.row + r), exact, held)
             for (i, _), buffer in held.items():
                 part.keep(r, i, v.bind(v.get(buffer, LANES)))
 

@@ -17,7 +17,7 @@ The tiles of a thread are configured at the start of a task and released at its 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from tvm.script.ir_builder import tirx as builder
 
 from kbitc.quant.packing import GROUP, LANES, STEPS, UNIT, VECTOR_BYTES, round_up
 from kbitc.targets.kernels import vector as v
+from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.x86.intrin import tdpb, tiles
 
 Expr = Any
@@ -74,14 +75,14 @@ class Reduction:
 
     @property
     def possible(self) -> bool:
-        """Whether tiles can do it: rows of whole groups of four that hold a window."""
-        return self.readable % GROUP == 0 and self.readable >= self.width
+        """Whether tiles can do it: rows of whole groups of four."""
+        return self.readable % GROUP == 0
 
     @property
     def width(self) -> int:
-        """Channels of a window: 64, or the widest below that of which a span is a multiple."""
+        """Channels of a window: the widest of which a span is a multiple; of all channels as few windows as can be."""
         if self.span >= self.channels:
-            return WIDEST
+            return round_up(-(-self.channels // -(-self.channels // WIDEST)), GROUP)
         return next(width for width in range(WIDEST, 0, -GROUP) if self.span % width == 0)
 
     @property
@@ -121,6 +122,39 @@ class Reduction:
         return round_up(self.channels, UNIT) // GROUP
 
 
+@dataclass(frozen=True)
+class Lines:
+    """Where the rows of left tiles lie: `high` rows of the output are `step` pixels apart, wherever they start.
+
+    Attributes:
+        high: rows of a left tile. Those of a convolution divide a line of its output.
+        step: pixels from row to row.
+        pixel: bytes of a pixel.
+        start: the pixel under the first tap of a row of the output that a left tile starts with.
+        tap_offset: pixels from the first tap to a tap.
+    """
+
+    high: int
+    step: int
+    pixel: int
+    start: Callable[[Expr], Expr]
+    tap_offset: Callable[[Expr], Expr]
+
+
+def lines_of(rows: MatmulRows | ConvRows, pixel: int) -> Lines | None:
+    """The lines of a matrix, or of an image whose output has lines of a known length that equal tiles make up."""
+    if isinstance(rows, MatmulRows):
+        return Lines(ROWS, 1, pixel, rows.base, rows.tap_offset)
+    width, attributes = rows.out_width, rows.attributes
+    if not isinstance(width, int) or not isinstance(rows.padded_width, int):
+        return None
+    inside = (rows.padded_height, rows.padded_width) == (rows.out_height, rows.out_width)
+    if attributes.kernel == (1, 1) and attributes.strides == (1, 1) and inside:
+        return Lines(ROWS, 1, pixel, lambda row: row, rows.tap_offset)
+    high, rest = divmod(width, -(-width // ROWS))
+    return None if rest else Lines(high, attributes.strides[1], pixel, rows.base, rows.tap_offset)
+
+
 class Tiled(ABC):
     """A product of rows that lie at one distance; the subclasses know levels, sums and results.
 
@@ -129,8 +163,9 @@ class Tiled(ABC):
         output_tiles: 16-channel tiles of the weight.
         taps: T.
         reduction: of a tap.
+        lines: where rows lie.
         activations: buffer of bytes with the rows.
-        stride: bytes from row to row.
+        one_sum: the sums of all taps are one; otherwise those of a span are folded.
         left_signed, right_signed: how the bytes of rows and of levels are read.
     """
 
@@ -138,8 +173,9 @@ class Tiled(ABC):
     output_tiles: int
     taps: int
     reduction: Reduction
+    lines: Lines
     activations: Buffer
-    stride: int
+    one_sum: bool
     left_signed: bool
     right_signed: bool
 
@@ -153,20 +189,20 @@ class Tiled(ABC):
 
     @abstractmethod
     def begin(self, part: TilePart) -> None:
-        """Before the sums of some rows."""
+        """Before the sums of some rows: make what is added to, or with `one_sum` load what the sums start from."""
 
     @abstractmethod
     def fold(self, part: TilePart, tap: Expr, block: Expr) -> None:
-        """The sums of a span lie in the scratch buffer."""
+        """The sums of a span lie in the scratch buffer; never called with `one_sum`."""
 
     @abstractmethod
     def end(self, part: TilePart) -> None:
-        """All sums of some rows are done."""
+        """All sums of some rows are done; with `one_sum` they lie in the scratch buffer."""
 
     def emit(self) -> None:
         """Parallel tasks. There is at least one row."""
         groups = -(-self.output_tiles // GROUP_TILES)
-        run = TASK_ROWS if groups >= FEW_GROUPS else FEW_TASK_ROWS
+        run = (TASK_ROWS if groups >= FEW_GROUPS else FEW_TASK_ROWS) // BLOCK_ROWS * 2 * self.lines.high
         rows = self.rows
         runs = -(-rows // run) if isinstance(rows, int) else tirx.truncdiv(rows + (run - 1), v.i64(run))
         with builder.parallel(v.i64(0), v.i64(groups * runs)) as task:
@@ -195,7 +231,8 @@ class TilePart:
     Attributes:
         row: the first row.
         count: rows, an int or an expression, at most 32.
-        halves: left tiles.
+        starts: where the rows of each left tile start (`Lines.start`).
+        high: rows of a left tile, but for the last one's.
         first: first 16-channel tile.
         tiles: 16-channel tiles.
         scratch: int32: the exact sums, then what they are added to, each [32, 32].
@@ -203,10 +240,23 @@ class TilePart:
 
     row: Expr
     count: Any
-    halves: int
+    starts: list[Expr]
+    high: int
     first: Expr
     tiles: int
     scratch: Buffer
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(left tile, right tile) of all sums."""
+        return [(half, i) for half in range(len(self.starts)) for i in range(self.tiles)]
+
+    def source(self, r: Expr, step: int, offset: Expr) -> Expr:
+        """The pixel of row r, where a tap is `offset` further on and a row `step`."""
+        if len(self.starts) == 1 or self.high == ROWS and step == 1:
+            return v.bind(self.starts[0] + offset + r * step)
+        upper = tirx.Select(r < v.i64(self.high), self.starts[0], self.starts[1] - self.high * step)
+        return v.bind(upper + offset + r * step)
 
     def each_row(self, body: Callable[[Expr], None]) -> None:
         """For every row, counted from the first."""
@@ -243,27 +293,29 @@ class _Task:
         self.product.prepare()
         v.loop(self.product.taps, lambda tap: v.loop(count, lambda i: self._decode(tap, i, count)))
         rows = self.count
+        high = self.product.lines.high
         if isinstance(rows, int):
-            whole, rest = divmod(rows, BLOCK_ROWS)
+            whole, rest = divmod(rows, 2 * high)
         else:
-            whole = v.bind(tirx.truncdiv(rows, v.i64(BLOCK_ROWS)))
-            rest = v.bind(rows - whole * BLOCK_ROWS)
+            whole = v.bind(tirx.truncdiv(rows, v.i64(2 * high)))
+            rest = v.bind(rows - whole * (2 * high))
         if not isinstance(whole, int) or whole:
-            self._configure(ROWS, ROWS)
-            v.loop(whole, lambda i: self._part(v.bind(self.row + i * BLOCK_ROWS), BLOCK_ROWS, 2, count))
+            self._configure(high, high)
+            v.loop(whole, lambda i: self._part(v.bind(self.row + i * (2 * high)), 2 * high, 2, count))
         if not isinstance(rest, int) or rest:
-            at = v.bind(self.row + whole * BLOCK_ROWS)
+            at = v.bind(self.row + whole * (2 * high))
             v.when(_known(rest > 0), lambda: self._rest(at, rest, count))
         tiles.release()
 
     def _rest(self, row: Expr, rows: Any, count: int) -> None:
-        """The last rows, fewer than 32."""
+        """The last rows, fewer than two left tiles have."""
+        high = self.product.lines.high
 
         def part(halves: int) -> None:
-            self._configure(*((ROWS, rows - ROWS) if halves == 2 else (rows, 0)))
+            self._configure(*((high, rows - high) if halves == 2 else (rows, 0)))
             self._part(row, rows, halves, count)
 
-        v.when(_known(rows > ROWS), lambda: part(2), lambda: part(1))
+        v.when(_known(rows > high), lambda: part(2), lambda: part(1))
 
     def _configure(self, upper: Any, lower: Any) -> None:
         """Tiles for `upper` and `lower` rows; none where `lower` is 0."""
@@ -306,9 +358,13 @@ class _Task:
 
     def _part(self, row: Expr, rows: Any, halves: int, count: int) -> None:
         """Some rows by the panel, from nothing to their results."""
-        part = TilePart(row, rows, halves, self.first, count, self.scratch)
+        high = self.product.lines.high
+        starts = [v.held_index(self.product.lines.start(v.bind(row + half * high))) for half in range(halves)]
+        part = TilePart(row, rows, starts, high, self.first, count, self.scratch)
         self.product.begin(part)
         v.loop(self.product.taps, lambda tap: self._tap(part, tap))
+        if self.product.one_sum:
+            self._store(part)
         self.product.end(part)
 
     def _tap(self, part: TilePart, tap: Expr) -> None:
@@ -324,39 +380,41 @@ class _Task:
 
     def _span(self, part: TilePart, tap: Expr, span: Span) -> None:
         """One exact sum: in tiles, then in the scratch buffer, then folded."""
-        made = self.product.reduction
-        for half, i in _pairs(part):
+        made, folds = self.product.reduction, not self.product.one_sum
+        for half, i in part.pairs if folds else ():
             tiles.zero(2 * half + i)
+        offset = v.bind(self.product.lines.tap_offset(tap))
         panel = v.bind(self._panel_row(tap, v.i64(0), part.tiles) * VECTOR_BYTES)
 
         def window(index: Expr) -> None:
             at = v.bind(span.start + index * made.width)
-            self._dots(part, at, v.bind(panel + at * (VECTOR_BYTES // GROUP)))
+            self._dots(part, offset, at, v.bind(panel + at * (VECTOR_BYTES // GROUP)))
 
         v.loop(span.windows, window)
         if span.tail >= 0:
-            self._dots(part, v.i64(span.tail), v.bind(panel + made.decoded_rows * VECTOR_BYTES))
-        for half, i in _pairs(part):
-            place = half * ROWS * GROUP_TILES * LANES + i * LANES
-            tiles.store(2 * half + i, tiles.address(self.scratch, v.i64(place)), 4 * GROUP_TILES * LANES)
-        self.product.fold(part, tap, span.block)
+            self._dots(part, offset, v.i64(span.tail), v.bind(panel + made.decoded_rows * VECTOR_BYTES))
+        if folds:
+            self._store(part)
+            self.product.fold(part, tap, span.block)
 
-    def _dots(self, part: TilePart, channel: Expr, levels: Expr) -> None:
+    def _store(self, part: TilePart) -> None:
+        """The sums to the scratch buffer."""
+        for half, i in part.pairs:
+            place = (half * part.high * GROUP_TILES + i) * LANES
+            tiles.store(2 * half + i, tiles.address(self.scratch, v.i64(place)), 4 * GROUP_TILES * LANES)
+
+    def _dots(self, part: TilePart, offset: Expr, channel: Expr, levels: Expr) -> None:
         """One window: every left tile by every right tile."""
-        product = self.product
-        for half in range(part.halves):
-            place = (part.row + half * ROWS) * product.stride + channel
-            tiles.load(LEFT + half, tiles.address(product.activations, place), product.stride)
+        product, lines = self.product, self.product.lines
+        for half, start in enumerate(part.starts):
+            place = (start + offset) * lines.pixel + channel
+            tiles.load(LEFT + half, tiles.address(product.activations, place), lines.step * lines.pixel)
         for i in range(part.tiles):
             place = levels + i * (product.reduction.panel_rows * VECTOR_BYTES)
             tiles.load(RIGHT + i, tiles.address(self.panel, place), VECTOR_BYTES)
-        for half, i in _pairs(part):
+        for half, i in part.pairs:
             tdpb.emit(2 * half + i, LEFT + half, RIGHT + i,
                       left_signed=product.left_signed, right_signed=product.right_signed)  # fmt: skip
-
-
-def _pairs(part: TilePart) -> Iterator[tuple[int, int]]:
-    return ((half, i) for half in range(part.halves) for i in range(part.tiles))
 
 
 def _known(condition: Any) -> Any:
@@ -367,13 +425,14 @@ def _known(condition: Any) -> Any:
 def times(levels: Expr, factors: Expr) -> Expr:
     """Bytes by factors, modulo 256: uint8 [64] and int32 [16], a factor for each four bytes."""
     words, lanes = v.bind(v.reinterpret(levels, "uint16", 2 * LANES)), 2 * LANES
-    pairs = v.bind(v.reinterpret(v.bind(factors * v.full(0x10001, "int32", LANES)), "uint16", lanes))
+    low = v.reinterpret(factors, "uint32", LANES) & v.full(0xFFFF, "uint32", LANES)
+    pairs = v.bind(v.reinterpret(v.bind(v.bind(low) * v.full(0x10001, "uint32", LANES)), "uint16", lanes))
     low = v.bind(words * pairs) & v.full(0xFF, "uint16", lanes)
     high = v.bind(words & v.full(0xFF00, "uint16", lanes)) * pairs
     return v.reinterpret(v.bind(low | high), "uint8", VECTOR_BYTES)
 
 
 def minus(levels: Expr, zeros: Expr) -> Expr:
-    """Bytes less a number for each four of them, modulo 256: uint8 [64] and int32 [16] of 0..255."""
-    spread = v.bind(v.reinterpret(v.bind(zeros * v.full(0x01010101, "int32", LANES)), "uint8", VECTOR_BYTES))
-    return levels - spread
+    """Bytes less a number for each four of them, modulo 256: uint8 [64] and int32 [16]."""
+    low = v.bind(v.reinterpret(zeros, "uint32", LANES) & v.full(0xFF, "uint32", LANES))
+    return levels - v.bind(v.reinterpret(v.bind(low * v.full(0x01010101, "uint32", LANES)), "uint8", VECTOR_BYTES))

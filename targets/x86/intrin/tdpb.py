@@ -18,9 +18,7 @@ def emit(sums: int, left: int, right: int, *, left_signed: bool, right_signed: b
     tiles.call(name, *map(tiles.number, (sums, left, right)))
 
 
-def meaning(
-    sums: npt.NDArray[np.int32], left: npt.NDArray[Any], right: npt.NDArray[Any]
-) -> npt.NDArray[np.int32]:
+def meaning(sums: npt.NDArray[np.int32], left: npt.NDArray[Any], right: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """int32 [M, N] + bytes [M, 4 K] by bytes [K, 4 N], modulo 2^32; dtypes int8 or uint8 say how bytes are read."""
     columns = right.reshape(right.shape[0], -1, 4).astype(np.int64).transpose(0, 2, 1).reshape(left.shape[1], -1)
     return np.asarray(sums + left.astype(np.int64) @ columns).astype(np.uint32).astype(np.int32)

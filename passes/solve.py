@@ -15,7 +15,7 @@ from kbitc.errors import UsageError
 from kbitc.graph import edit, ops
 from kbitc.options import EQUALIZERS, SOLVERS, Method
 from kbitc.passes.calibrate.moments import BUDGET, Reader, in_groups, moments, readers
-from kbitc.passes.calibrate.paired import Pair, paired_moments
+from kbitc.passes.calibrate.paired import Pair, Walks, paired_moments
 from kbitc.passes.equalize import Setting, bias_correction
 from kbitc.passes.solvers import rtn
 from kbitc.quant.metrics import sqnr_db
@@ -115,13 +115,14 @@ def _watch(
     sequential = work.method.sequential
     # Pairs are two moments.
     groups = in_groups(watched, BUDGET // 2, PARTS) if sequential else in_groups(watched)
+    walks, firsts = Walks(feeds), _first_nodes(work.original, groups)
     for number, group in enumerate(groups, 1):
         work.progress(f"calibrate layers {number} of {len(groups)}")
         inputs = (
             {} if memo is None else {reader.tensor: memo[reader.tensor] for reader in group if reader.tensor in memo}
         )
         if sequential:
-            work.pair(group, feeds)
+            work.pair(group, walks, firsts[number - 1])
             inputs = {name: pair.inputs for name, pair in work.pairs.items()}
         elif len(inputs) < len(group):
             inputs = moments(work.original, group, feeds)
@@ -129,6 +130,16 @@ def _watch(
             memo.update(inputs)
         work.progress(f"solve layers {number} of {len(groups)}")
         yield group, inputs
+
+
+def _first_nodes(model: ir.Model, groups: Sequence[Sequence[Reader]]) -> list[str]:
+    """The name of the first node, in graph order, of each group and all groups behind it."""
+    places = {node.name: index for index, node in enumerate(model.graph)}
+    names = list(places)
+    firsts: list[int] = []
+    for group in reversed(groups):
+        firsts.append(min([*firsts[-1:], *(places[node.name] for reader in group for node in reader.nodes)]))
+    return [names[index] or "" for index in reversed(firsts)]
 
 
 class _Work:
@@ -146,10 +157,10 @@ class _Work:
         self.fits: dict[str, Fit] = {}
         self.pairs: dict[str, Pair] = {}
 
-    def pair(self, group: Sequence[Reader], feeds: Sequence[Feeds]) -> None:
+    def pair(self, group: Sequence[Reader], walks: Walks, first: str) -> None:
         """Look at the inputs of a group of layers, in the float model and as they are by now."""
         centred = BIAS_CORRECTION in self.method.equalizers
-        self.pairs = paired_moments(self.original, self.running(), group, feeds, centred=centred)
+        self.pairs = paired_moments(self.original, self.running(), group, walks, first, centred=centred)
 
     def view(self, name: str) -> FloatArray:
         """A weight as f32 [N, T, C]."""

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kbitc.graph.evaluate import Session
 from kbitc.passes.allocate.probe import difference, signal_of
-from kbitc.passes.calibrate.stream import only
+from kbitc.passes.calibrate.stream import only, read_by
 from kbitc.quant.static import Codes
 
 Array = npt.NDArray[Any]
@@ -89,7 +89,7 @@ def alive_behind(model: ir.Model) -> dict[str, list[str]]:
     places = {node: index for index, node in enumerate(model.graph)}
     last: dict[str, int] = {}
     for node, index in places.items():
-        for value in _read(node):
+        for value in read_by(node):
             if value.name:
                 last[value.name] = index
     made: list[str] = []
@@ -100,17 +100,3 @@ def alive_behind(model: ir.Model) -> dict[str, list[str]]:
         made = [name for name in made if last.get(name, -1) > index] + [node.outputs[0].name]
         found[made[-1]] = list(made)
     return found
-
-
-def _read(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, in its inner graphs too."""
-    inner = [graph for attribute in node.attributes.values() for graph in _graphs(attribute)]
-    return [value for value in node.inputs if value is not None] + [
-        value for graph in inner for nested in graph for value in _read(nested)
-    ]
-
-
-def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return [attribute.as_graph()]
-    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []

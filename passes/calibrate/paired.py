@@ -20,8 +20,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.passes.calibrate.moments import Reader, Sums, in_fixed_order, row_limit, source_of
-from kbitc.passes.calibrate.stream import stream
 from kbitc.passes.calibrate.unfold import rows
+from kbitc.passes.calibrate.walk import Walk
 from kbitc.quant.moments import InputMoments
 from kbitc.quant.tensor import QTensor
 
@@ -66,17 +66,29 @@ class Pair:
         return np.asarray((before - after).reshape(-1), np.float32)
 
 
+class Walks:
+    """The same batches through the float model and through the model quantized so far.
+
+    Args:
+        feeds: samples.
+    """
+
+    def __init__(self, feeds: Sequence[Mapping[str, npt.NDArray[Any]]]) -> None:
+        batches = in_fixed_order(feeds)
+        self.original, self.quantized, self.batches = Walk(batches), Walk(batches), len(batches)
+
+
 def paired_moments(
-    original: ir.Model, quantized: ir.Model, group: Sequence[Reader], feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
-    *, centred: bool,
-) -> dict[str, Pair]:  # fmt: skip
+    original: ir.Model, quantized: ir.Model, group: Sequence[Reader], walks: Walks, first: str, *, centred: bool
+) -> dict[str, Pair]:
     """Run both models over all batches and give the pairs of a group of weights by name.
 
     Args:
         original: the float model.
         quantized: the same nodes by name, with the weights of earlier layers quantized.
         group: weights; those that no row reaches are left out.
-        feeds: samples.
+        walks: over the samples; they go on from one group to the next.
+        first: name of the first node of this group and all later ones.
         centred: biases will give back the mean, where one node alone reads the weight.
     """
     there = {node.name: node for node in quantized.graph}
@@ -84,10 +96,10 @@ def paired_moments(
     sums = {key: _Pairs.zeros(reader) for key, reader in readers.items()}
     ours = sorted({source_of(node) for reader in group for node in reader.nodes})
     theirs = sorted({source_of(there[node.name]) for reader in group for node in reader.nodes})
-    batches = in_fixed_order(feeds)
-    for before, after in zip(stream(original, ours, batches), stream(quantized, theirs, batches), strict=True):
+    runs = walks.original.run(original, ours, first), walks.quantized.run(quantized, theirs, first)
+    for before, after in zip(*runs, strict=True):
         for key, reader in readers.items():
-            limit = row_limit(reader.size, len(feeds))
+            limit = row_limit(reader.size, walks.batches)
             for node in reader.nodes:
                 value = after[source_of(there[node.name])]
                 sums[key].add(rows(node, before[source_of(node)], limit), rows(node, value, limit))

@@ -69,3 +69,17 @@ def only(model: ir.Model, names: Sequence[str], given: Sequence[str] = ()) -> ir
     wanted = {value.name for value in model.graph.inputs}
     copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name in wanted or value.uses()]
     return copy
+
+
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """What a node reads, in its inner graphs too."""
+    inner = [graph for attribute in node.attributes.values() for graph in _graphs(attribute)]
+    return [value for value in node.inputs if value is not None] + [
+        value for graph in inner for nested in graph for value in read_by(nested)
+    ]
+
+
+def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []

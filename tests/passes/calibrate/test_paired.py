@@ -13,7 +13,7 @@ from kbitc import driver, options
 from kbitc.graph.evaluate import evaluate
 from kbitc.options import Method
 from kbitc.passes.calibrate.moments import readers
-from kbitc.passes.calibrate.paired import Pair, paired_moments
+from kbitc.passes.calibrate.paired import Pair, Walks, paired_moments
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
@@ -33,10 +33,14 @@ def two_models(other: Array) -> tuple[ir.Model, ir.Model]:
     return model(GRAPH, {"u": U, "w": W}), model(GRAPH, {"u": other, "w": W})
 
 
+def first(made: ir.Model) -> str:
+    return next(node.name or "" for node in made.graph if node.outputs[0].name == "y")
+
+
 def pair(other: Array, *, centred: bool) -> Pair:
     before, after = two_models(other)
     found = readers({"w": [node for node in before.graph if node.outputs[0].name == "y"]})
-    return paired_moments(before, after, found, [{"x": X}], centred=centred)["w"]
+    return paired_moments(before, after, found, Walks([{"x": X}]), first(before), centred=centred)["w"]
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -73,7 +77,7 @@ def test_rows_that_are_not_finite_are_left_out_of_both() -> None:
     found = readers({"w": [node for node in before.graph if node.outputs[0].name == "y"]})
     x = X.copy()
     x[3, 0] = np.inf
-    got = paired_moments(before, after, found, [{"x": x}], centred=False)["w"]
+    got = paired_moments(before, after, found, Walks([{"x": x}]), first(before), centred=False)["w"]
     assert got.inputs.count == 511 and np.isfinite(got.cross).all()
 
 

@@ -55,7 +55,11 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--solver", help="rtn, hqq, gptq, awq, ...  [default: gptq with --calibration, else rtn]"),
         click.option("--equalize", metavar="A,B", help="smoothquant, hadamard, ... or none; see docs/solvers.md."),
-        click.option("--sequential", is_flag=True, help="Fit each layer to make up for those quantized before."),
+        click.option(
+            "--sequential/--no-sequential",
+            default=None,
+            help="Fit each layer to make up for those quantized before.  [default: static, fewer than 8 bits]",
+        ),
         click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off."),
         click.option("--dump-dir", type=click.Path(path_type=Path), help="Folder for what each stage leaves."),
         click.option("--force", is_flag=True, help="Replace an existing output."),

@@ -278,6 +278,7 @@ def compare_layers(prepared: Prepared, options: CompileOptions, targets: Sequenc
 
 def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple[QuantPlan, dict[str, str]]:
     """Stage 5 without a budget; also the view (matmul, conv, embedding) of every planned tensor."""
+    from kbitc.passes.allocate.blocks import with_blocks
     from kbitc.passes.allocate.exclude import excluded_by
     from kbitc.passes.allocate.given import apply_requests
     from kbitc.passes.allocate.survey import survey
@@ -293,6 +294,7 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
         plan = keep_float(candidates)
     else:
         plan = widen_kept(allocate(model, candidates, options.scheme, options.activation, excluded, accepts))
+        plan = with_blocks(model, candidates, plan, accepts) if options.blocks else plan
     if options.plan is not None:
         requests = read_plan(options.plan)
         plan = apply_requests(model, candidates, plan, requests, options.activation, excluded, accepts)

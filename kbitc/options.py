@@ -28,6 +28,8 @@ CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
 CALIBRATED_EQUALIZERS = ("bias_correction",)
 #: Before those, where codes of activations have one scale a tensor.
 STATIC_EQUALIZERS = ("norm_outliers",)
+#: Static graphs with weights of fewer bits are solved layer by layer: on 8 bits there is nothing to make up for.
+SEQUENTIAL_BELOW = 8
 #: The solver of this name is half of a method; the other half is the equalizer of this name.
 AWQ = "awq"
 #: Options of `kbitc compile` that `kbitc quantize` has not.
@@ -91,7 +93,8 @@ class CompileOptions:
         widen: codes may be written in the next wider type of the form; their values stay.
         solver: how weights are rounded; None chooses by whether there are calibration data.
         equalize: what is done to the float graph for it; None chooses likewise.
-        sequential: calibrate each layer on the output of quantized ones.
+        sequential: calibrate each layer on the output of quantized ones; None chooses.
+        blocks: weights get integer block scales in place of one scale a channel where that is worth it.
         speed: what is done for speed, apart from what every compilation does.
     """
 
@@ -119,7 +122,8 @@ class CompileOptions:
     widen: bool = False
     solver: str | None = None
     equalize: tuple[str, ...] | None = None
-    sequential: bool = False
+    sequential: bool | None = None
+    blocks: bool = False
     speed: Speed = field(default_factory=Speed)
 
     def method(self, calibrated: bool) -> Method:
@@ -131,7 +135,11 @@ class CompileOptions:
             equalizers = (*STATIC_EQUALIZERS, *equalizers) if calibrated and self.activation == UINT8 else equalizers
         if solver == AWQ and AWQ not in equalizers:
             equalizers = (AWQ, *equalizers)
-        return Method(solver, equalizers, self.sequential)
+        sequential = self.sequential
+        if sequential is None:
+            narrow = self.scheme is not None and self.scheme.bits < SEQUENTIAL_BELOW
+            sequential = calibrated and narrow and self.activation == UINT8
+        return Method(solver, equalizers, sequential)
 
     def quickly_solved(self) -> CompileOptions:
         """The options with the quickest method, for weights whose values do not count."""
@@ -176,7 +184,7 @@ def from_arguments(
     widen: bool = False,
     solver: str | None = None,
     equalize: str | None = None,
-    sequential: bool = False,
+    sequential: bool | None = None,
     **limits: Any,
 ) -> CompileOptions:
     """Options from the plain values of the command line or the Python call.
@@ -201,7 +209,7 @@ def from_arguments(
         plan=None if plan is None else Path(plan), write_plan=None if write_plan is None else Path(write_plan),
         budget=budget, form=form.replace("-", "_"), widen=widen,
         solver=None if solver is None else known(SOLVERS, solver, "solver"), equalize=parse_equalizers(equalize),
-        sequential=sequential, speed=speed,
+        sequential=sequential, blocks=activation == UINT8 and scheme is None and block is None, speed=speed,
     )  # fmt: skip
 
 
@@ -306,7 +314,8 @@ def make_scheme(
 ) -> QuantScheme | None:
     """The weight scheme that --bits, --scheme and --block describe together; None for `--scheme float32`.
 
-    Integer sums over all of K need one scale a channel: that is the default with `per_channel`.
+    Integer sums over all of K need one scale a channel, or integer block scales: with `per_channel` the default is one
+    scale a channel, and `CompileOptions.blocks` says that the plan may take blocks.
 
     Raises:
         UsageError: bits outside 1..8, both --bits and --scheme, or a block size that is not one.

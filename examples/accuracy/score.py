@@ -81,6 +81,13 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W3 awq": {"bits": 3, "activations": "float", "solver": "awq", "calibrated": True},
     "W3 hqq": {"bits": 3, "activations": "float", "solver": "hqq"},
     "W2 gptq": {"bits": 2, "activations": "float", "solver": "gptq", "calibrated": True},
+    "W2 gptq sequential": {
+        "bits": 2,
+        "activations": "float",
+        "solver": "gptq",
+        "sequential": True,
+        "calibrated": True,
+    },  # fmt: skip
     "W4 uint gptq": {"scheme": "uint4:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
     "W3 uint gptq": {"scheme": "uint3:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
     "W4 min": {"scheme": "uint4:b32:min", "activations": "float"},
@@ -109,7 +116,6 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W4A8 dynamic gptq": {"bits": 4, "activations": "dynamic", "solver": "gptq", "calibrated": True},
     "W8A8 static": {"scheme": "int8:c", "activations": "static", "calibrated": True},
     "W4A8 static": {"bits": 4, "activations": "static", "calibrated": True},
-    "W4A8 static b32/i4": {"scheme": "int4:b32/i4", "activations": "static", "calibrated": True},
     "W8A8 integer-only": {"scheme": "int8:c", "integer_only": True, "calibrated": True},
 }
 

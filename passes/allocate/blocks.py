@@ -1,9 +1,9 @@
 """Chooses, for each weight of a static graph, between one scale a channel and integer block scales of the same bits.
 
-Both sum all of K in one int32. Blocks cost 4 bits for every 32 weights and an integer multiplication a block; in long
-rows they take a third to a half off the squared error of 4-bit weights, in rows of a few blocks nothing: a scale that is
-a small integer times the step of its channel fits a block no better than the channel's own scale (measured on the
-weights of the examples: 1.7 to 3.6 dB in rows of 384 to 1536, -0.4 to 0.7 dB in rows of 50 or fewer).
+Both sum all of K in one int32. Blocks cost 4 bits for every 32 weights and an integer multiplication a block. In long
+rows they take a third to a half off the squared error of 4-bit weights; in rows of a few blocks they take off nothing,
+because there a small integer times the step of the channel fits no better than the channel's own scale. Measured on the
+weights of the examples: 1.7 to 3.6 dB in rows of 384 to 1536, -0.4 to 0.7 dB in rows of 50 or fewer.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def blocked(scheme: QuantScheme) -> QuantScheme | None:
 
 
 def share_left(weight: npt.NDArray[np.float32], plain: QuantScheme, blocks: QuantScheme) -> float:
-    """Squared error with blocks over that with one scale a channel, each with the scales of least error; 1 if both are 0.
+    """Squared error with blocks over that with one scale a channel, at the scales of least error; 1 if both are 0.
 
     Args:
         weight: f32 [N, T, C].

@@ -16,7 +16,8 @@ GRAPH = """agraph (float[4, 256] x) => (float[4, 24] y) {
     a = MatMul(x, long)  b = Relu(a)  c = MatMul(b, short)  d = MatMul(c, even)  e = MatMul(d, none)  y = Relu(e) }"""
 RNG = np.random.default_rng(0)
 WEIGHTS = {
-    "long": RNG.normal(size=(256, 32)) * np.exp(RNG.normal(size=(8, 32))).repeat(32, 0), "short": RNG.normal(size=(32, 24)),
+    "long": RNG.normal(size=(256, 32)) * np.exp(RNG.normal(size=(8, 32))).repeat(32, 0),
+    "short": RNG.normal(size=(32, 24)),
     "even": RNG.choice([-7.0, 7.0], (24, 256)), "none": np.zeros((256, 24)),
 }  # fmt: skip
 
@@ -49,8 +50,9 @@ def test_long_rows_get_blocks_and_the_reason_says_what_they_save(bits: int) -> N
 
 
 @pytest.mark.parametrize(
-    "asked", [{"bits": 8}, {"bits": 5}, {"scheme": "int4:c"}, {"scheme": "int4:t"}, {"bits": 4, "activations": "dynamic"}]
-)  # fmt: skip
+    "asked",
+    [{"bits": 8}, {"bits": 5}, {"scheme": "int4:c"}, {"scheme": "int4:t"}, {"bits": 4, "activations": "dynamic"}],
+)
 def test_nothing_is_chosen_where_it_was_asked_for_or_blocks_have_no_room(asked: dict[str, object]) -> None:
     assert not any("/i4" in scheme for scheme in schemes(plan(**asked)).values())
 

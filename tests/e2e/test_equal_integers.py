@@ -27,6 +27,16 @@ def test_a_network_of_integers_is_equal(tmp_path: Path) -> None:
     assert found["y"].dtype == np.float32
 
 
+def test_blocks_that_the_plan_chooses_are_equal(tmp_path: Path) -> None:
+    """A short and a long row: one scale a channel and integer block scales in one graph."""
+    weights = {"u": noise(24, 12), "w": (noise(160, 24) * np.exp(noise(5, 24)).repeat(32, 0)).astype(np.float32)}
+    graph = "g (float[N, 160] x) => (float[N, 12] y) { m = MatMul(x, w) r = Relu(m) y = MatMul(r, u) }"
+    feeds = [{"x": noise(6, 160, seed=seed)} for seed in range(2)]
+    report = kbitc.compile(proto(graph, weights), tmp_path / "m.kbit", bits=4, activations="static", calibration=feeds)
+    assert {item.entry.tensor: str(item.entry.scheme) for item in report.weights} == {"w": "int4:b32/i4", "u": "int4:c"}
+    assert report.accuracy["exact"] and report.accuracy["lowering"]["y"]["max_error"] == 0
+
+
 def test_an_encoder_of_integers_is_equal(tmp_path: Path) -> None:
     weights = {"table": noise(20, 16), "where": noise(1, 6, 16) / 4, **NORMS}
     weights |= {name if name in "abc" else f"{name}0": array for name, array in WEIGHTS.items()}

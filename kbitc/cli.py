@@ -37,9 +37,8 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--block", type=int, help="Weights per scale along the reduction axis.  [default: 32]"),
         click.option(
             "--activations",
-            default="dynamic",
-            show_default=True,
-            help="float, dynamic (int8 at run time) or static (planned from --calibration, integer graph).",
+            help="float, dynamic (int8 at run time) or static (integer graph: ranges from --calibration, or the "
+            "model's own).  [default: the model's own ranges, else dynamic]",
         ),
         click.option("--act-bits", type=int, help="Bits of a static activation, 4 to 8.  [default: 8]"),
         click.option("--integer-only", is_flag=True, help="Static, with no float operator between input and output."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kbitc.importer.batches import Batches
     from kbitc.kernel_times import KernelTimes
     from kbitc.never_slower import Compared
+    from kbitc.passes.carried import Carried
     from kbitc.passes.verify.accuracy import References
     from kbitc.passes.verify.score import Score
     from kbitc.planner import Planner
@@ -49,6 +50,12 @@ class Prepared:
     data: str
     calibration: Batches | None
     provenance: dict[str, Any]
+    carried: Carried | None = None
+
+    @property
+    def floats(self) -> ir.Model:
+        """The model that is quantized: without the rounding that an already quantized model does itself."""
+        return self.original if self.carried is None else self.carried.model
 
     def solved_on(self) -> list[dict[str, Any]]:
         """The batches that weights are solved on; none without calibration data."""
@@ -80,6 +87,7 @@ def quantize_model(
     from kbitc.importer.files import size_of
     from kbitc.passes.interchange._export import Export
     from kbitc.passes.verify import accuracy
+    from kbitc.static import find_carried
     from kbitc.targets.target import parse_target
 
     trace = trace or Trace(options.dump_dir)
@@ -87,6 +95,7 @@ def quantize_model(
     path = fresh_output(output, options.force)
     form: Any = catalog.find(FORMS, options.form, "format")
     prepared = prepare(source, options, target, calibration, trace)
+    prepared = replace(prepared, carried=find_carried(prepared.original, options, [target]))
     planner, kinds = make_planner(prepared, options, [target], trace, bundle=False)
     while True:
         made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
@@ -115,6 +124,7 @@ def compile_model(
         KbitcError: with the reason in one line; nothing is written then.
     """
     from kbitc.bundle.writer import check_output, stage
+    from kbitc.static import find_carried
     from kbitc.targets.target import parse_targets
     from kbitc.targets.tuning import find_tuning
 
@@ -123,6 +133,7 @@ def compile_model(
     targets = [target.with_tuning(tuning) for target in parse_targets(options.target)]
     check_output(output, force=options.force)
     prepared = prepare(source, options, targets[0], calibration, trace)
+    prepared = replace(prepared, carried=find_carried(prepared.original, options, targets))
     compared = compare_layers(prepared, options, targets, trace) if options.speed.never_slower else ()
     planner, kinds = make_planner(prepared, options, targets, trace, bundle=True, compared=compared)
     while True:
@@ -220,10 +231,13 @@ def quantize_prepared(
     from kbitc.static import plan_static
 
     with trace.stage("quantize"):
-        feeds = prepared.solved_on()
-        solved = solve_weights(prepared.original, plan, kinds, options.method(bool(feeds)), feeds, trace.on_stage)
+        # Inputs of what a quantized model keeps float are not those of its float model.
+        feeds = prepared.solved_on() if prepared.carried is None else []
+        carried = {} if prepared.carried is None else prepared.carried.tensors
+        method = options.method(bool(feeds))
+        solved = solve_weights(prepared.floats, plan, kinds, method, feeds, trace.on_stage, carried=carried)
         weights = account(solved, plan, kinds)
-    if options.activation == UINT8:
+    if options.activation == UINT8 or prepared.carried is not None:
         with trace.stage("plan activations"):
             samples = replace(prepared, original=solved.model)
             plan, weights = plan_static(samples, plan, solved.tensors, weights, options)
@@ -234,7 +248,8 @@ def quantize_prepared(
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
         held = HELD_BYTES if options.budget.max_drop is None else math.inf  # a score needs every label's sample
-        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held)
+        unrounded = None if prepared.carried is None else prepared.carried.limited()
+        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held, unrounded)
     return Quantized(quantized, plan, solved.tensors, weights, references)
 
 
@@ -276,13 +291,16 @@ def compare_layers(prepared: Prepared, options: CompileOptions, targets: Sequenc
         return compare(prepared.original, made.model, made.plan, target, prepared.feeds[0], options.plan)
 
 
-def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple[QuantPlan, dict[str, str]]:
+def make_plan(
+    model: ir.Model, options: CompileOptions, target: Target, levels: Mapping[str, QTensor] | None = None
+) -> tuple[QuantPlan, dict[str, str]]:
     """Stage 5 without a budget; also the view (matmul, conv, embedding) of every planned tensor."""
     from kbitc.passes.allocate.blocks import with_blocks
     from kbitc.passes.allocate.exclude import excluded_by
     from kbitc.passes.allocate.given import apply_requests
     from kbitc.passes.allocate.survey import survey
     from kbitc.passes.allocate.uniform import accepted_by, allocate, keep_float
+    from kbitc.passes.carried import with_levels
     from kbitc.passes.split import kept_float, widen_kept
 
     form = catalog.find(FORMS, options.form, "format")
@@ -295,6 +313,8 @@ def make_plan(model: ir.Model, options: CompileOptions, target: Target) -> tuple
     else:
         plan = widen_kept(allocate(model, candidates, options.scheme, options.activation, excluded, accepts))
         plan = with_blocks(model, candidates, plan, accepts) if options.blocks else plan
+    if levels:
+        plan = with_levels(model, plan, candidates, levels, excluded, accepts)
     if options.plan is not None:
         requests = read_plan(options.plan)
         plan = apply_requests(model, candidates, plan, requests, options.activation, excluded, accepts)
@@ -317,9 +337,10 @@ def make_planner(
     from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
     from kbitc.targets.target import fastest
 
-    model, target = prepared.original, targets[0]
+    model, target = prepared.floats, targets[0]
+    levels = None if prepared.carried is None else prepared.carried.tensors
     with trace.stage("plan"):
-        base, kinds = make_plan(model, options, target)
+        base, kinds = make_plan(model, options, target, levels)
         base = base.kept_float({item.entry.tensor: item.reason for item in compared if item.slower})
         if not options.budget.limits_plan or options.scheme is None:
             return Settled(base), kinds

@@ -19,6 +19,8 @@ DEFAULT_BITS = 4
 DEFAULT_BLOCK = 32
 DEFAULT_FORM = "onnx"
 ACTIVATIONS = {"float": FLOAT, "dynamic": INT8, "static": UINT8}
+#: Where nothing is said, a model that carries ranges of its activations is computed with these.
+DEFAULT_ACTIVATIONS = "dynamic"
 ACT_BITS = range(4, 9)
 #: The observer that loses least on the examples: whether numbers far outside the rest count, only the outputs tell.
 DEFAULT_OBSERVER = "measured"
@@ -96,6 +98,7 @@ class CompileOptions:
         sequential: calibrate each layer on the output of quantized ones; None chooses.
         blocks: weights get integer block scales in place of one scale a channel where that is worth it.
         speed: what is done for speed, apart from what every compilation does.
+        own_ranges: a model that rounds activations itself is computed on these codes.
     """
 
     scheme: QuantScheme | None
@@ -125,6 +128,7 @@ class CompileOptions:
     sequential: bool | None = None
     blocks: bool = False
     speed: Speed = field(default_factory=Speed)
+    own_ranges: bool = False
 
     def method(self, calibrated: bool) -> Method:
         """How weights are solved, with or without calibration data."""
@@ -162,7 +166,7 @@ def from_arguments(
     bits: int | None = None,
     scheme: str | None = None,
     block: int | None = None,
-    activations: str = "dynamic",
+    activations: str | None = None,
     act_bits: int | None = None,
     observer: str | None = None,
     integer_only: bool = False,
@@ -196,7 +200,7 @@ def from_arguments(
     """
     speed, budget = make_speed(limits, scheme, integer_only), make_budget(**limits)
     check_choice(budget, bits, scheme)
-    activation = UINT8 if integer_only else parse_activations(activations)
+    activation = UINT8 if integer_only else parse_activations(activations or DEFAULT_ACTIVATIONS)
     check_activation(activation, act_bits, observer, centre, proxy, scheme)
     return CompileOptions(
         scheme=make_scheme(bits, scheme, block, per_channel=activation == UINT8),
@@ -210,6 +214,7 @@ def from_arguments(
         budget=budget, form=form.replace("-", "_"), widen=widen,
         solver=None if solver is None else known(SOLVERS, solver, "solver"), equalize=parse_equalizers(equalize),
         sequential=sequential, blocks=activation == UINT8 and scheme is None and block is None, speed=speed,
+        own_ranges=activations is None or activation == UINT8,
     )  # fmt: skip
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kbitc.errors import UsageError
-from kbitc.options import CompileOptions
-from kbitc.quant.plan import QuantPlan
+from kbitc.options import DEFAULT_FORM, CompileOptions
+from kbitc.quant.plan import UINT8, QuantPlan
 from kbitc.quant.tensor import QTensor
 from kbitc.report import WeightReport
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from kbitc.passes.carried import Carried
+    from kbitc.targets.target import Target
 
 
 class Samples(Protocol):
@@ -29,6 +32,26 @@ class Samples(Protocol):
         """As the user gave it; see `kbitc.importer.feeds.open_batches`."""
         ...
 
+    @property
+    def carried(self) -> Carried | None:
+        """What the model itself says of ranges and levels."""
+        ...
+
+
+def find_carried(model: ir.Model, options: CompileOptions, targets: Sequence[Target]) -> Carried | None:
+    """What an already quantized model carries, where the options leave it to the model; None without.
+
+    Nobody has to ask for it on a CPU. Budgets choose widths anew, and other formats hold float activations.
+    """
+    from kbitc.passes.carried import read_carried
+
+    chooses = options.scheme is None or options.budget.limits_plan or options.form != DEFAULT_FORM
+    if not options.own_ranges or chooses or options.speed.never_slower:
+        return None
+    if options.activation != UINT8 and any(target.device != "cpu" for target in targets):
+        return None
+    return read_carried(model)
+
 
 def plan_static(
     samples: Samples, plan: QuantPlan, tensors: Mapping[str, QTensor], weights: tuple[WeightReport, ...],
@@ -37,7 +60,7 @@ def plan_static(
     """The plan with codes for activations, and the account of the weights under that plan.
 
     Raises:
-        UsageError: there are no calibration data, or no such observer.
+        UsageError: there are neither calibration data nor ranges in the model, or no such observer.
         CalibrationError: the data do not fit the model.
     """
     from kbitc.importer.feeds import open_batches
@@ -45,9 +68,11 @@ def plan_static(
 
     if options.scheme is None:
         return plan, weights
-    if samples.calibration is None:
+    carried = samples.carried
+    if samples.calibration is None and (carried is None or options.integer_only):
         raise UsageError("--activations static needs samples", remedy="give --calibration DATA, or use dynamic")
-    batches = open_batches(samples.original, samples.calibration)
+    static = options.activation == UINT8 and samples.calibration is not None
+    batches = open_batches(samples.original, samples.calibration) if static else None
     planned = plan_activations(
         samples.original,
         plan,
@@ -56,6 +81,8 @@ def plan_static(
         observer=options.observer,
         bits=options.act_bits,
         integer_only=options.integer_only,
+        carried={} if carried is None else carried.codes,
+        watched=None if carried is None else carried.limited(),
     )
     entries = {entry.tensor: entry for entry in planned.entries}
     return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)

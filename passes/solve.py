@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ def solve_weights(
     feeds: Sequence[Feeds] = (),
     progress: Callable[[str], None] = lambda text: None,
     memo: dict[str, InputMoments] | None = None,
+    *,
+    carried: Mapping[str, QTensor] = MappingProxyType({}),
 ) -> Solved:
     """Quantize every weight of the plan that has a scheme and elements.
 
@@ -62,16 +65,25 @@ def solve_weights(
         progress: told what is being done.
         memo: keeps the moments of the float model from one call to the next, for callers that solve several plans of
             one model on the same data; all of them stay in memory. Not used where the model is changed first.
+        carried: weight name -> the levels that it came with, which are taken where the plan has their scheme. The
+            biases of such a model belong to its levels: nothing equalizes or corrects it.
     """
     float_model = model
+    method = replace(method, equalizers=()) if carried else method
     model = equalized(model, plan, kinds, method, feeds, progress)
     work = _Work(model, kinds, method, progress)
     nodes = {node.name: node for node in model.graph}  # what is inside a loop cannot be watched
     entries = [entry for entry in plan.quantized() if 0 not in entry.shape]
     schemes = {entry.tensor: entry.scheme for entry in entries}
-    users = {entry.tensor: [nodes[name] for name in entry.nodes if name in nodes] for entry in entries}
+    kept = {name for name, scheme in schemes.items() if name in carried and carried[name].scheme == scheme}
+    work.tensors |= {name: carried[name] for name in kept}
+    users = {
+        entry.tensor: [nodes[name] for name in entry.nodes if name in nodes]
+        for entry in entries
+        if entry.tensor not in kept
+    }
     watched = readers(users) if feeds else []
-    rest = [name for name in schemes if name not in {reader.tensor for reader in watched}]
+    rest = [name for name in schemes if name not in {reader.tensor for reader in watched} | kept]
     for name in rest:
         work.solve(name, schemes[name], None)
     memo = memo if model is float_model and not method.sequential else None

@@ -6,7 +6,8 @@ elementwise nodes from x and scalar constants. On codes of 8 bits such a functio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 
 from kbitc.graph import edit
 from kbitc.graph.evaluate import run_node
+from kbitc.quant.static import Codes
 
 FloatArray = npt.NDArray[np.float32]
 #: Functions that map a bounded range to a bounded range without steep places: fit for tables of 256 entries.
@@ -26,13 +28,24 @@ FUNCTIONS = frozenset(
 BINARY = frozenset("Add Sub Mul Div Max Min".split())
 
 
-def roots(graph: ir.Graph, functions: frozenset[str] = FUNCTIONS | BINARY) -> dict[ir.Value, ir.Value]:
-    """Each image -> the value it is a function of, which is no image itself."""
+def roots(
+    graph: ir.Graph, functions: frozenset[str] = FUNCTIONS | BINARY, carried: Container[str] = ()
+) -> dict[ir.Value, ir.Value]:
+    """Each image -> the value it is a function of, which is no image itself.
+
+    A value whose name is in `carried` has codes whatever it is made of: its functions have it as their root, even
+    where it is an image itself, of a value that has none.
+    """
     found: dict[ir.Value, ir.Value] = {}
+
+    def base(value: ir.Value) -> ir.Value:
+        root = found.get(value, value)
+        return value if value.name in carried and root.name not in carried else root
+
     for node in graph:
         if node.domain or node.op_type not in functions or len(node.outputs) != 1:
             continue
-        sources = {found.get(value, value) for value in data_inputs(node)}
+        sources = {base(value) for value in data_inputs(node)}
         if len(sources) != 1 or not _constants_are_scalars(node):
             continue
         root = sources.pop()
@@ -58,18 +71,25 @@ def _constants_are_scalars(node: ir.Node) -> bool:
     return True
 
 
-def function_of(value: ir.Value, root: ir.Value, opset: int) -> Callable[[FloatArray], FloatArray]:
-    """The function that makes `value` out of `root`, an image: f32 [n] -> f32 [n], computed by onnxruntime."""
+def function_of(
+    value: ir.Value, root: ir.Value, opset: int, carried: Mapping[str, Codes] = MappingProxyType({})
+) -> Callable[[FloatArray], FloatArray]:
+    """The function that makes `value` out of `root`, an image: f32 [n] -> f32 [n], computed by onnxruntime.
+
+    Values on the way that `carried` names are rounded to these codes, `value` too.
+    """
 
     def compute(numbers: FloatArray) -> FloatArray:
         known: dict[ir.Value, FloatArray] = {root: np.asarray(numbers, np.float32)}
         with np.errstate(all="ignore"):
-            return _compute(value, known, opset)
+            return _compute(value, known, opset, carried)
 
     return compute
 
 
-def _compute(value: ir.Value, known: dict[ir.Value, FloatArray], opset: int) -> FloatArray:
+def _compute(
+    value: ir.Value, known: dict[ir.Value, FloatArray], opset: int, carried: Mapping[str, Codes]
+) -> FloatArray:
     if value in known:
         return known[value]
     node = value.producer()
@@ -83,6 +103,8 @@ def _compute(value: ir.Value, known: dict[ir.Value, FloatArray], opset: int) -> 
         elif array is not None:
             arrays.append(array.reshape(()))
         else:
-            arrays.append(_compute(item, known, opset))
-    known[value] = np.asarray(run_node(node, arrays, opset)[0], np.float32)
+            arrays.append(_compute(item, known, opset, carried))
+    made = np.asarray(run_node(node, arrays, opset)[0], np.float32)
+    codes = carried.get(value.name or "")
+    known[value] = made if codes is None else codes.rounded(made)
     return known[value]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
 
 #: int32 accumulators stay below this in magnitude.
 ACCUMULATOR_LIMIT = 1 << 31
@@ -35,6 +39,11 @@ class Codes:
     def code_of(self, number: float) -> int:
         """The nearest code, half to even, clipped."""
         return int(np.clip(np.rint(number / self.scale) + self.zero, 0, self.high))
+
+    def rounded(self, numbers: FloatArray) -> FloatArray:
+        """f32 numbers through their codes and back."""
+        steps = np.rint(numbers / np.float32(self.scale))
+        return np.asarray(np.clip(steps, -self.zero, self.high - self.zero) * np.float32(self.scale), np.float32)
 
 
 def codes_for(low: float, high: float, bits: int) -> Codes:
@@ -121,6 +130,7 @@ class StaticPlan:
         wides: one entry for each value that is kept as finer int32 numbers, zero point 0.
         integer_only: no float node may be left.
         nodes: one entry a node.
+        carried: value name -> the codes that the model itself rounds it to (`kbitc.passes.carried`).
     """
 
     observer: str
@@ -129,6 +139,7 @@ class StaticPlan:
     nodes: tuple[NodeEntry, ...] = ()
     wides: tuple[ValueEntry, ...] = ()
     integer_only: bool = False
+    carried: Mapping[str, Codes] = field(default_factory=dict)
     _codes: dict[str, Codes] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy.typing as npt
@@ -13,11 +14,11 @@ from kbitc import catalog
 from kbitc.graph import ops
 from kbitc.importer.batches import Batches
 from kbitc.passes.allocate.measured import BATCHES, least_noise
-from kbitc.passes.allocate.static import Wishes, observable, plan_static
+from kbitc.passes.allocate.static import OWN, Wishes, observable, plan_static
 from kbitc.passes.calibrate.collect import cached
 from kbitc.passes.calibrate.moments import fixed_sample
 from kbitc.quant.plan import FLOAT, UINT8, PlanEntry, QuantPlan
-from kbitc.quant.static import INTEGER, StaticPlan
+from kbitc.quant.static import INTEGER, Codes, StaticPlan
 from kbitc.quant.stats import CalibrationStats, ValueStats
 from kbitc.quant.tensor import QTensor
 
@@ -31,11 +32,13 @@ def plan_activations(
     model: ir.Model,
     plan: QuantPlan,
     tensors: Mapping[str, QTensor],
-    batches: Batches,
+    batches: Batches | None,
     *,
     observer: str,
     bits: int,
     integer_only: bool = False,
+    carried: Mapping[str, Codes] = MappingProxyType({}),
+    watched: ir.Model | None = None,
 ) -> QuantPlan:
     """The plan with codes for activations; weights that no integer node reads keep float activations.
 
@@ -43,29 +46,33 @@ def plan_activations(
         model: canonical graph.
         plan: of the weights; entries whose activation is "uint8" may run on integers.
         tensors: quantized weights by initializer name.
-        batches: calibration data.
+        batches: calibration data; None leaves float what `carried` gives no codes to.
         observer: name of the observer.
         bits: of an activation.
         integer_only: no float node may be left.
+        carried: value name -> the codes that the model itself rounds it to.
+        watched: the model that calibration runs, which computes the same values; None for `model`.
 
     Raises:
         UsageError: there is no such observer.
         CalibrationError: the data do not fit the model.
     """
     module = catalog.find(OBSERVERS, observer, "observer")
-    stats = cached(model, observable(model), batches)
+    watched = watched or model
+    stats = CalibrationStats() if batches is None else cached(watched, observable(model), batches)
     chosen = {entry.tensor for entry in plan.quantized() if entry.activation == UINT8}
     refused = {entry.tensor: entry.reason for entry in plan.entries if entry.tensor not in chosen}
-    wishes = Wishes(module.observe, observer, bits, f"{stats.batches} batches", integer_only)
+    data = "the model" if batches is None else f"{stats.batches} batches"
+    wishes = Wishes(module.observe, OWN if batches is None else observer, bits, data, integer_only, carried=carried)
     known = {name: tensors[name] for name in chosen}
 
     def planned(ranges: Ranges) -> StaticPlan:
         return plan_static(model, known, refused, stats, replace(wishes, ranges=ranges))
 
     static = planned({})
-    if hasattr(module, "candidates"):
+    if batches is not None and hasattr(module, "candidates"):
         feeds = fixed_sample(batches, BATCHES)
-        static = planned(measured_ranges(model, planned, _candidates(module.candidates, static, stats), feeds))
+        static = planned(measured_ranges(watched, planned, _candidates(module.candidates, static, stats), feeds))
     return QuantPlan(tuple(_settled(model, entry, static) for entry in plan.entries), static)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import onnx_ir as ir
 
@@ -29,8 +29,11 @@ class Decision:
         wide: sums that are kept as int32 numbers because only a normalization or a softmax reads them.
     """
 
-    def __init__(self, model: ir.Model, surveyed: Mapping[ir.Node, Form], *, integer_only: bool = False) -> None:
-        self.model, self.integer_only = model, integer_only
+    def __init__(
+        self, model: ir.Model, surveyed: Mapping[ir.Node, Form], *, integer_only: bool = False,
+        carried: Container[str] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.integer_only, self.carried = model, integer_only, carried
         self.forms = surveyed
         self.roots = {
             form.output: form.inputs[0]
@@ -52,9 +55,13 @@ class Decision:
             for value in surveyed[node].inputs:
                 if not (self.reads_wide(node) and self.wide_source(value) is not None):
                     self.readers.setdefault(value, []).append(node)
+        wanted = {*self.readers}
+        for value, root in reversed(self.roots.items()):
+            if value in wanted or value.name in carried or self._leaves(value):
+                wanted |= {value, root}
         self.images: dict[ir.Value, list[ir.Value]] = {}
         for value, root in self.roots.items():
-            if (value in self.readers or self._leaves(value)) and self._made_on_integers(root):
+            if value in wanted and self._made_on_integers(root):
                 self.images.setdefault(root, []).append(value)
 
     def has_codes(self, value: ir.Value) -> bool:
@@ -62,8 +69,11 @@ class Decision:
         if value in self.readers or (value in self.images and not self.folded(value)):
             return True
         if value in self.roots:
-            return self._leaves(value) and self._made_on_integers(self.roots[value])
+            given_out = self._leaves(value) or value.name in self.carried
+            return given_out and self._made_on_integers(self.roots[value])
         node = self.producers.get(value)
+        if value.name in self.carried and node in self._chosen:
+            return True
         if node in self._chosen and node is not None and self.forms[node].family == families.MOVE:
             if len(node.outputs) > 1:
                 return True  # all its results are moved as codes, whoever reads them
@@ -86,11 +96,11 @@ class Decision:
         """Whether a root's only use as codes is one image that requantization can clip to."""
         found = self.images.get(root, [])
         node = self.producers.get(root)
-        if node is None or root in self.readers or len(found) != 1:
+        if node is None or root in self.readers or len(found) != 1 or root.name in self.carried:
             return False
         if self.forms[node].family not in families.ACCUMULATES | {families.ADD}:
             return False
-        return _is_clip_chain(found[0], root)
+        return is_clip_chain(found[0], root)
 
     def reads_wide(self, node: ir.Node) -> bool:
         """Whether a node reads int32 numbers where there are some."""
@@ -147,10 +157,18 @@ class Decision:
     def _available(self, value: ir.Value, chosen: set[ir.Node]) -> bool:
         if edit.constant(value) is not None:
             return True
-        root = self.roots.get(value, value)
-        return self.producers.get(root) in chosen or (self.integer_only and self.given(root))
+        root = self.base(value)
+        made = self.producers.get(root) in chosen or (self.integer_only and self.given(root))
+        return made or value.name in self.carried
+
+    def base(self, value: ir.Value) -> ir.Value:
+        """The value that is no function of another and of which this one is a function, maybe by way of others."""
+        while value in self.roots:
+            value = self.roots[value]
+        return value
 
     def _made_on_integers(self, root: ir.Value) -> bool:
+        root = self.base(root)
         return self.producers.get(root) in self._chosen or (self.integer_only and self.given(root))
 
     def _backward(self) -> None:
@@ -161,8 +179,10 @@ class Decision:
             if node not in self._chosen:
                 continue
             made = {value for value in (form.output, *node.outputs) if value is not None}
-            made |= {image for image, root in self.roots.items() if root in made}
+            for image, root in self.roots.items():
+                made |= {image} if root in made else set()
             needed = self.integer_only or form.family in (families.CONTRACTION, families.PRODUCT)
+            needed = needed or any(value.name in self.carried for value in made)
             if not needed and not made & wanted:
                 self._chosen.discard(node)
                 continue
@@ -184,7 +204,7 @@ def _scaled(value: ir.Value) -> tuple[ir.Value, float] | None:
     return (source, factor) if factor > 0 else None
 
 
-def _is_clip_chain(value: ir.Value, root: ir.Value) -> bool:
+def is_clip_chain(value: ir.Value, root: ir.Value) -> bool:
     """Whether an image is made by Relu, Clip, Max and Min alone, one after the other."""
     while value is not root:
         node = value.producer()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import onnx_ir as ir
 
@@ -33,8 +33,9 @@ _MOVES = frozenset("Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Expa
 
 
 def survey(
-    model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str, str], *, integer_only: bool = False
-) -> dict[ir.Node, Form]:
+    model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str, str], *, integer_only: bool = False,
+    carried: Container[str] = (),
+) -> dict[ir.Node, Form]:  # fmt: skip
     """The form of every node of the main graph.
 
     Args:
@@ -42,9 +43,10 @@ def survey(
         tensors: quantized weights by initializer name.
         refused: weight name -> why it stays float.
         integer_only: no float node may be left, so forms with a loss are taken too.
+        carried: names of the values that the model itself rounds to codes.
     """
     found: dict[ir.Node, Form] = {}
-    rooted = images.roots(model.graph)
+    rooted = images.roots(model.graph, carried=carried)
     biases: dict[ir.Node, ir.Node] = {}
     made: dict[ir.Value, Form] = {}
     for node in model.graph:

@@ -45,12 +45,6 @@ def least_noise(
     return chosen
 
 
-def rounded(array: Array, codes: Codes) -> Array:
-    """f32 numbers through their codes and back."""
-    steps = np.rint(array / np.float32(codes.scale))
-    return np.asarray(np.clip(steps, -codes.zero, codes.high - codes.zero) * np.float32(codes.scale), np.float32)
-
-
 class _Probe:
     """The float model, its outputs for the samples, and what is alive behind each value."""
 
@@ -76,7 +70,7 @@ class _Probe:
         for feed, expected in zip(self._feeds, self._expected, strict=True):
             known = {**feed, **head.run(feed)}
             for index, codes in enumerate(every):
-                found = tail.run({**known, name: rounded(known[name], codes)})
+                found = tail.run({**known, name: codes.rounded(known[name])})
                 totals[index] += sum(difference(expected[out], found[out]) / self._signal[out] for out in self._signal)
         return [float(total) for total in totals]
 

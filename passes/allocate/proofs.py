@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from kbitc.quant.tensor import QTensor, spread
 if TYPE_CHECKING:
     from kbitc.passes.allocate.decision import Decision
 
+#: Factors that `kbitc::Requantize` and `kbitc::IntegerAdd` cannot have.
+MAX_RATIO, MAX_ADD_RATIO = 2.0**29, 2.0**19
 Known = Mapping[ir.Value, tuple[Codes, str]]
 
 
@@ -45,6 +48,25 @@ def prove(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str,
         bound = (terms or 0) * reach
         return Proof(terms or 0, bound, f"{terms} * {reach} = {bound}")
     return _in_int64(form.family, node)
+
+
+def rescalable(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str, QTensor]) -> bool:
+    """Whether the factor from a node's sums to the codes of its result fits the multipliers of the integer functions."""
+    form = decision.forms[node]
+    if form.output is None or form.family not in families.ACCUMULATES | {families.ADD} or node in decision.wide:
+        return True
+    limited = decision.images.get(form.output, []) if decision.folded(form.output) else []
+    target = codes.get(limited[0] if limited else form.output)
+    if target is None:
+        return True
+    scales = [codes[value][0].scale for value in form.inputs]
+    if form.family == families.ADD:
+        return max(scales) / target[0].scale < MAX_ADD_RATIO
+    step = math.prod(scales)
+    if form.family == families.CONTRACTION:
+        weight, _ = ops.weight_source(node)
+        step = float(output_scales(codes[form.inputs[0]][0], tensors[(weight.name if weight else "") or ""]).max())
+    return step / target[0].scale < MAX_RATIO
 
 
 def _counted(reach: int) -> Proof:

@@ -21,7 +21,8 @@ from kbitc.graph.integer_nonlinear import POWER_BITS, PROBABILITY_STEPS
 from kbitc.passes.allocate import families, forms
 from kbitc.passes.allocate.decision import Decision
 from kbitc.passes.allocate.families import Form
-from kbitc.passes.allocate.proofs import prove
+from kbitc.passes.allocate.proofs import prove, rescalable
+from kbitc.passes.allocate.ranged import with_ranges
 from kbitc.quant.static import FLOAT, INTEGER, Codes, NodeEntry, Proof, StaticPlan, ValueEntry, codes_for
 from kbitc.quant.stats import CalibrationStats, ValueStats
 from kbitc.quant.tensor import QTensor
@@ -38,6 +39,10 @@ LOGIT_SCALE = 2.0**-10
 _READS_LOGITS = frozenset((families.SOFTMAX, families.EXP))
 #: Families whose input has a step of its own in the plan.
 _READS_SCALED = frozenset((families.NORM, families.SOFTMAX, families.LENGTH))
+#: The reason of codes that the model itself has.
+OWN = "the model's own"
+#: Why a node stays float whose result is rounded to steps far finer than its operands'.
+STEEP = "its scales are too far apart for a fixed-point multiplier"
 #: Numbers at which a function is sampled to find where it is flat.
 _SAMPLES = 4097
 
@@ -54,6 +59,7 @@ class Wishes:
         integer_only: no float node may be left.
         keep_float: node name -> why it must stay float.
         ranges: value name -> the range that it gets in place of what `observe` says.
+        carried: value name -> the codes that the model itself rounds it to; they come before every range.
     """
 
     observe: Observe
@@ -63,6 +69,7 @@ class Wishes:
     integer_only: bool = False
     keep_float: Mapping[str, str] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    carried: Mapping[str, Codes] = field(default_factory=dict)
 
 
 def observable(model: ir.Model) -> list[str]:
@@ -88,41 +95,25 @@ def plan_static(
         stats: of the values that `observable` names.
         wishes: what the user asks for.
     """
-    known = forms.survey(model, tensors, refused, integer_only=wishes.integer_only)
-    surveyed = {node: _with_stats(node, form, stats, wishes) for node, form in known.items()}
+    known = forms.survey(model, tensors, refused, integer_only=wishes.integer_only, carried=wishes.carried)
+    surveyed = with_ranges(known, stats, wishes.carried, wishes.keep_float)
     for _ in range(len(surveyed) + 1):
-        decision = Decision(model, surveyed, integer_only=wishes.integer_only)
+        decision = Decision(model, surveyed, integer_only=wishes.integer_only, carried=wishes.carried)
         codes = Ranges(model, decision, stats, wishes).all()
         proofs = {node: prove(node, decision, codes, tensors) for node in decision.integer}
-        unsafe = {node: proof for node, proof in proofs.items() if proof is not None and not proof.holds}
+        unsafe = {
+            node: f"its accumulators could overflow int32: {proof.words}"
+            for node, proof in proofs.items()
+            if proof is not None and not proof.holds
+        }
+        unsafe |= {node: STEEP for node in decision.integer if not rescalable(node, decision, codes, tensors)}
         if not unsafe:
             break
-        surveyed |= {
-            node: Form(families.NONE, reason=f"its accumulators could overflow int32: {proof.words}")
-            for node, proof in unsafe.items()
-        }
+        surveyed |= {node: Form(families.NONE, reason=reason) for node, reason in unsafe.items()}
     entries = tuple(_entry(node, decision, proofs.get(node)) for node in model.graph)
     values = tuple(ValueEntry(value.name or "", codes[value][0], codes[value][1]) for value in codes)
     wides = wide_entries(decision, stats)
-    return StaticPlan(wishes.observer, wishes.data, values, entries, wides, wishes.integer_only)
-
-
-def _with_stats(node: ir.Node, form: Form, stats: CalibrationStats, wishes: Wishes) -> Form:
-    """No integer form where the user forbids it or a value was never seen, or was seen not finite."""
-    if form.family in (families.NONE, families.TABLE, families.BIAS):
-        return form
-    reason = wishes.keep_float.get(node.name or "")
-    for value in (*form.inputs, *([form.output] if form.output is not None else [])):
-        if edit.constant(value) is not None:
-            continue
-        seen = stats.values.get(value.name or "")
-        if seen is None or not seen.count:
-            reason = reason or f"calibration never saw {value.name}"
-        elif seen.infinite:
-            reason = reason or f"{value.name} is not finite on the calibration data"
-        elif form.family == families.QUOTIENT and value is form.inputs[-1] and not seen.low > 0:
-            reason = reason or f"its divisor {value.name} is not positive on the calibration data"
-    return form if reason is None else Form(families.NONE, reason=reason)
+    return StaticPlan(wishes.observer, wishes.data, values, entries, wides, wishes.integer_only, wishes.carried)
 
 
 def wide_entries(decision: Decision, stats: CalibrationStats) -> tuple[ValueEntry, ...]:
@@ -190,6 +181,7 @@ class Ranges:
             for value in form.inputs:
                 source = _last(shared, value)
                 alone = all(edit.only_use(item) is not None for item in _chain(shared, value))
+                alone = alone and source.name not in self.wishes.carried
                 if alone and edit.constant(source) is None and source.producer() is not None:
                     if source is not form.output and source not in shared:
                         shared[source] = form.output
@@ -197,6 +189,8 @@ class Ranges:
 
     def _observed(self, value: ir.Value) -> tuple[Codes, str]:
         """Codes of a value's own range; where only functions of it are read, without the parts where they are flat."""
+        if value.name in self.wishes.carried:
+            return self.wishes.carried[value.name or ""], OWN
         maker = self.decision.producers.get(value)
         if maker is not None and self.decision.forms[maker].family == families.SOFTMAX:
             return Codes(float(np.float32(1 / PROBABILITY_STEPS)), 0), "probabilities"
@@ -222,7 +216,7 @@ class Ranges:
         first, last = 0, _SAMPLES - 1
         starts, ends = [], []
         for image in self.decision.images[value]:
-            made = images.function_of(image, value, self.opset)(numbers)
+            made = images.function_of(image, value, self.opset, self.wishes.carried)(numbers)
             step = (float(made.max()) - float(made.min())) / ((1 << bits) - 1)
             starts.append(_flat(made, step / 2))
             ends.append(last - _flat(made[::-1], step / 2))

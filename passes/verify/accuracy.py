@@ -85,8 +85,9 @@ class References:
 
 
 def reference_runs(
-    original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str, held: float = HELD_BYTES
-) -> References:
+    original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str, held: float = HELD_BYTES,
+    unrounded: ir.Model | None = None,
+) -> References:  # fmt: skip
     """Run the models in onnxruntime, one after the other so that only one is loaded at a time.
 
     Args:
@@ -94,16 +95,18 @@ def reference_runs(
         feeds: samples; as many of the first as give `held` bytes of outputs are run.
         data: where they come from.
         held: bytes of one model's outputs.
+        unrounded: the original without its rounding of activations, where it does some.
     """
     floats = _run_all(original, feeds, held)
     if len(floats) < len(feeds):
         feeds, data = feeds[: len(floats)], f"{data}, compared on the first {len(floats)}"
     runs = floats, _run_all(quantized, feeds)
-    plain = without_rounding(quantized)
-    unrounded = runs[1] if plain is None else _run_all(plain, feeds)
-    # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs.
     exact = not float_operators(quantized)
-    return References(feeds, *runs, runs[0] if rounds_floats(quantized) else unrounded, data, exact)
+    if rounds_floats(quantized):
+        # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs.
+        return References(feeds, *runs, runs[0] if unrounded is None else _run_all(unrounded, feeds), data, exact)
+    plain = without_rounding(quantized)
+    return References(feeds, *runs, runs[1] if plain is None else _run_all(plain, feeds), data, exact)
 
 
 def _run_all(model: ir.Model, feeds: Sequence[Feeds], held: float = math.inf) -> list[dict[str, Array]]:

@@ -16,8 +16,9 @@ from kbitc.errors import UnsupportedError
 from kbitc.graph import edit, images, legality
 from kbitc.passes.allocate import families, forms
 from kbitc.passes.allocate.decision import Decision
+from kbitc.passes.allocate.ranged import NO_RANGE
 from kbitc.passes.rewrite.quantize_static import contraction, elementwise, movement, pooling, wide
-from kbitc.passes.rewrite.quantize_static.builder import F32, Builder, Sums
+from kbitc.passes.rewrite.quantize_static.builder import F32, U8, Builder, Sums
 from kbitc.quant.static import StaticPlan
 from kbitc.quant.tensor import QTensor
 
@@ -51,25 +52,33 @@ def quantize_static(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTe
     Returns:
         Names of the kbitc functions that the graph now needs.
     """
-    kept = {entry.node: entry.reason for entry in plan.nodes if entry.form != "integer"}
-    surveyed = {
-        node: families.Form(families.NONE, reason=kept[node.name or ""])
-        if form.family not in (families.TABLE, families.BIAS, families.NONE) and node.name in kept
-        else form
-        for node, form in forms.survey(model, tensors, {}, integer_only=plan.integer_only).items()
-    }
-    builder = Builder(model, plan, Decision(model, surveyed, integer_only=plan.integer_only), tensors)
+    surveyed = _as_planned(model, plan, tensors)
+    decision = Decision(model, surveyed, integer_only=plan.integer_only, carried=plan.carried)
+    builder = Builder(model, plan, decision, tensors)
     for node in builder.decision.integer:
         _rewrite(builder, node)
     for value in (*builder.codes, *builder.sums):
-        root = builder.decision.roots.get(value, value)
+        root = builder.decision.base(value)
         if edit.constant(value) is None and builder.decision.producers.get(root) in builder.decision.integer:
             _leave(builder, value)
     edit.remove_dead(model)
+    _round_carried(builder)
     edit.name_nodes(model)
     if plan.integer_only:
         _refuse_floats(model, plan)
     return sorted(builder.needed)
+
+
+def _as_planned(model: ir.Model, plan: StaticPlan, tensors: Mapping[str, QTensor]) -> dict[ir.Node, families.Form]:
+    """The form of every node; none where the plan keeps it float."""
+    kept = {entry.node: entry.reason for entry in plan.nodes if entry.form != "integer"}
+    free = (families.TABLE, families.BIAS, families.NONE)
+    found = forms.survey(model, tensors, {}, integer_only=plan.integer_only, carried=plan.carried)
+    for node, form in found.items():
+        reason = kept.get(node.name or "")
+        if reason is not None and (form.family not in free or reason == NO_RANGE):
+            found[node] = families.Form(families.NONE, reason=reason)
+    return found
 
 
 def _rewrite(builder: Builder, node: ir.Node) -> None:
@@ -96,9 +105,15 @@ def _rewrite(builder: Builder, node: ir.Node) -> None:
     else:
         movement.move(builder, node)
     for made in node.outputs if form.family == families.MOVE else [output]:
-        for image in builder.decision.images.get(made, []):
-            if image not in builder.codes:
-                elementwise.tabled(builder, image, made, _place(node, output))
+        _tables(builder, made, _place(node, output))
+
+
+def _tables(builder: Builder, root: ir.Value, place: ir.Node) -> None:
+    """The codes of the images of a value, and of their images."""
+    for image in builder.decision.images.get(root, []):
+        if image not in builder.codes:
+            elementwise.tabled(builder, image, root, place)
+        _tables(builder, image, place)
 
 
 def _read_given(builder: Builder, node: ir.Node) -> None:
@@ -135,7 +150,7 @@ def limits(builder: Builder, image: ir.Value, root: ir.Value) -> tuple[int, int]
     codes = builder.codes_of(image)
     ends = np.array([-np.finfo(np.float32).max, np.finfo(np.float32).max], np.float32)
     opset = builder.model.graph.opset_imports.get("", 21)
-    low, high = images.function_of(image, root, opset)(ends)
+    low, high = images.function_of(image, root, opset, builder.plan.carried)(ends)
     return codes.code_of(float(low)), codes.code_of(float(high))
 
 
@@ -160,6 +175,41 @@ def _leave(builder: Builder, value: ir.Value) -> None:
             before, "DequantizeLinear", [sums.value, scale], f"{value.name}.float", F32, value.shape, **attrs
         )
     edit.redirect(value, made)
+
+
+def _round_carried(builder: Builder) -> None:
+    """What still reads a value that the model itself rounds as floats reads it rounded."""
+    graph = builder.model.graph
+    for value in [value for node in graph for value in node.outputs if value.name in builder.plan.carried]:
+        codes, maker = builder.plan.carried[value.name or ""], value.producer()
+        held = builder.codes.get(value)
+        own = None if held is None else held.producer()
+        if maker is None or not (value.is_graph_output() or any(user is not own for user in value.consumers())):
+            continue
+        if maker.op_type == "DequantizeLinear":
+            continue  # from codes that come from outside: it is rounded
+        scale = builder.constant(f"{value.name}.scale", np.array(codes.scale, np.float32))
+        zero = builder.zero(codes)
+        if own is None or own.graph is None:
+            own = _after(maker, "QuantizeLinear", [value, scale, zero], f"{value.name}.q", U8, value.shape)
+        else:
+            graph.remove(own)  # it stands in front of its first reader, which may come behind others
+            graph.insert_after(maker, own)
+        made = _after(own, "DequantizeLinear", [own.outputs[0], scale, zero], f"{value.name}.float", F32, value.shape)
+        edit.redirect(value, made.outputs[0])
+        own.replace_input_with(0, value)
+
+
+def _after(
+    maker: ir.Node, op_type: str, inputs: list[ir.Value], name: str, dtype: ir.DataType, shape: ir.Shape | None
+) -> ir.Node:
+    """A new node right behind another."""
+    graph = edit.root_graph(maker)
+    made = ir.Node("", op_type, inputs, name=name)
+    made.outputs[0].name = edit.fresh_name(graph, name)
+    made.outputs[0].type, made.outputs[0].shape = ir.TensorType(dtype), shape
+    graph.insert_after(maker, made)
+    return made
 
 
 def _stays_float(builder: Builder, node: ir.Node) -> bool:

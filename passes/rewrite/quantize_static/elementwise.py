@@ -77,7 +77,7 @@ def tabled(builder: Builder, image: ir.Value, root: ir.Value, before: ir.Node) -
     """Give an image of `root` codes by a table."""
     source, target = builder.codes_of(root), builder.codes_of(image)
     opset = builder.model.graph.opset_imports.get("", 21)
-    entries = table_entries(source, target, images.function_of(image, root, opset))
+    entries = table_entries(source, target, images.function_of(image, root, opset, builder.plan.carried))
     builder.codes[image] = table(builder, builder.codes[root], entries, image, before)
 
 

@@ -58,7 +58,7 @@ def test_rounded_is_what_the_codes_give() -> None:
     codes = codes_for(-1.0, 3.0, 4)
     numbers = np.array([-9, -1.01, 0, 0.13, 0.14, 2.9, 9], np.float32)
     wanted = [codes.scale * (codes.code_of(float(number)) - codes.zero) for number in numbers]
-    np.testing.assert_allclose(rounded(numbers, codes), wanted, rtol=2.0**-23)
+    np.testing.assert_allclose(codes.rounded(numbers), wanted, rtol=2.0**-23)
 
 
 def test_the_sample_is_the_same_in_any_order() -> None:

@@ -32,6 +32,7 @@ Array = npt.NDArray[Any]
 class Samples(NamedTuple):
     original: ir.Model
     calibration: Any
+    carried: None = None
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from kbitc.errors import UnsupportedError, UsageError
 from kbitc.options import DEFAULT_FORM, CompileOptions, Method
 from kbitc.quant.plan import UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
-from kbitc.report import Report, WeightReport, with_packed_sizes
+from kbitc.report import Report, WeightReport, provenance, with_packed_sizes
 from kbitc.trace import Trace
 
 if TYPE_CHECKING:
@@ -87,7 +86,6 @@ def quantize_model(
     from kbitc.importer.files import size_of
     from kbitc.passes.interchange._export import Export
     from kbitc.passes.verify import accuracy
-    from kbitc.static import find_carried
     from kbitc.targets.target import parse_target
 
     trace = trace or Trace(options.dump_dir)
@@ -95,7 +93,6 @@ def quantize_model(
     path = fresh_output(output, options.force)
     form: Any = catalog.find(FORMS, options.form, "format")
     prepared = prepare(source, options, target, calibration, trace)
-    prepared = replace(prepared, carried=find_carried(prepared.original, options, [target]))
     planner, kinds = make_planner(prepared, options, [target], trace, bundle=False)
     while True:
         made = quantize_prepared(prepared, planner.plan, kinds, options, trace)
@@ -124,7 +121,6 @@ def compile_model(
         KbitcError: with the reason in one line; nothing is written then.
     """
     from kbitc.bundle.writer import check_output, stage
-    from kbitc.static import find_carried
     from kbitc.targets.target import parse_targets
     from kbitc.targets.tuning import find_tuning
 
@@ -133,7 +129,6 @@ def compile_model(
     targets = [target.with_tuning(tuning) for target in parse_targets(options.target)]
     check_output(output, force=options.force)
     prepared = prepare(source, options, targets[0], calibration, trace)
-    prepared = replace(prepared, carried=find_carried(prepared.original, options, targets))
     compared = compare_layers(prepared, options, targets, trace) if options.speed.never_slower else ()
     planner, kinds = make_planner(prepared, options, targets, trace, bundle=True, compared=compared)
     while True:
@@ -196,6 +191,7 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     from kbitc.importer.signature import parse_constant, parse_shape
     from kbitc.passes.canonicalize import canonicalize
     from kbitc.passes.split.pipeline import split_products
+    from kbitc.static import find_carried
 
     trace.dump("00-options.json", options.text)
     with trace.stage("import"):
@@ -216,7 +212,8 @@ def prepare(source: Source, options: CompileOptions, target: Target, calibration
     with trace.stage("samples"):
         batches = None if calibration is None else open_batches(original, calibration)
         feeds, data = sample_feeds(original, batches)
-    return Prepared(original, feeds, data, batches, provenance(source, options))
+    carried = find_carried(original, options, target)
+    return Prepared(original, feeds, data, batches, provenance(source, options.text()), carried)
 
 
 def quantize_prepared(
@@ -251,19 +248,6 @@ def quantize_prepared(
         unrounded = None if prepared.carried is None else prepared.carried.limited()
         references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held, unrounded)
     return Quantized(quantized, plan, solved.tensors, weights, references)
-
-
-def provenance(source: Source, options: CompileOptions) -> dict[str, Any]:
-    """Where a result comes from: no time and no path, so that equal inputs give equal bytes."""
-    from kbitc.commands.crash import versions
-
-    digest = name = None
-    if isinstance(source, str | PathLike):
-        with open(source, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        name = Path(source).name
-    chosen = json.loads(options.text())
-    return {"model": name, "model_sha256": digest, "options": chosen, "versions": versions()}
 
 
 def check_target(model: ir.Model, target: Target) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,3 +190,21 @@ class Report:
             data["output"] = self.output
             data["seconds"] = {name: round(value, 3) for name, value in self.seconds.items()}
         return data
+
+
+def provenance(source: Any, options: str) -> dict[str, Any]:
+    """Where a result comes from: no time and no path, so that equal inputs give equal bytes.
+
+    Args:
+        source: path of the model, or a model in memory.
+        options: as JSON.
+    """
+    from kbitc.commands.crash import versions
+
+    digest = name = None
+    if isinstance(source, str | PathLike):
+        with open(source, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = Path(source).name
+    chosen = json.loads(options)
+    return {"model": name, "model_sha256": digest, "options": chosen, "versions": versions()}

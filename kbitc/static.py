@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,7 +38,7 @@ class Samples(Protocol):
         ...
 
 
-def find_carried(model: ir.Model, options: CompileOptions, targets: Sequence[Target]) -> Carried | None:
+def find_carried(model: ir.Model, options: CompileOptions, target: Target) -> Carried | None:
     """What an already quantized model carries, where the options leave it to the model; None without.
 
     Nobody has to ask for it on a CPU. Budgets choose widths anew, and other formats hold float activations.
@@ -48,7 +48,7 @@ def find_carried(model: ir.Model, options: CompileOptions, targets: Sequence[Tar
     chooses = options.scheme is None or options.budget.limits_plan or options.form != DEFAULT_FORM
     if not options.own_ranges or chooses or options.speed.never_slower:
         return None
-    if options.activation != UINT8 and any(target.device != "cpu" for target in targets):
+    if options.activation != UINT8 and target.device != "cpu":
         return None
     return read_carried(model)
 

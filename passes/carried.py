@@ -215,14 +215,21 @@ class _Taken:
             if not _only_reader(behind):
                 break
             origin = behind
-        maker_of = origin.producer()
-        alone = _only_reader(origin) and maker_of is not None and origin not in self.codes
-        if alone and maker_of is not None and _moved(origin) is None:
-            kept = edit.is_op(maker_of, *_KEEPS) and self.codes.get(_first(maker_of)) != codes
-            if not kept and not edit.is_op(maker_of, *_SUMS):
-                self.codes[origin] = codes
-                return source
-        value = edit.insert_before(maker, "Identity", [source], name=f"{source.name}.rounded", like=source)
+        behind_of = origin.producer()
+        if behind_of is None or not _only_reader(origin) or origin in self.codes or _moved(origin) is not None:
+            return self._identity(source, maker, codes)
+        if edit.is_op(behind_of, *_KEEPS) and self.codes.get(_first(behind_of)) != codes:
+            return self._identity(source, maker, codes)
+        if edit.is_op(behind_of, *_SUMS):
+            (reader,) = origin.consumers()
+            value = self._identity(origin, reader, codes)
+            reader.replace_input_with(0, value)
+            return value if origin is source else source
+        self.codes[origin] = codes
+        return source
+
+    def _identity(self, source: ir.Value, before: ir.Node, codes: Codes) -> ir.Value:
+        value = edit.insert_before(before, "Identity", [source], name=f"{source.name}.rounded", like=source)
         self.codes[value] = codes
         return value
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kbitc.passes.carried import REASON
 from kbitc.passes.verify.score import Score
 from kbitc.report import Report
 
@@ -97,7 +98,14 @@ def report(result: Report) -> None:
 
 
 def _given(console: Console, result: Report) -> None:
-    """Weights that the model came with in few bits: they have no entry in the plan."""
+    """What the model came with: codes of activations and the levels that meet them, and weights in few bits alone.
+
+    The latter have no entry in the plan.
+    """
+    own = Counter(str(item.entry.scheme) for item in result.weights if item.entry.reason == REASON)
+    if own:
+        kinds = ", ".join(f"{count} {scheme}" for scheme, count in own.most_common())
+        console.print(f"activation ranges are the model's own, on the levels that it has: {kinds}")
     planned = {node for item in result.weights for node in item.entry.nodes}
     # Parts of a split product are called after it.
     names = {layer["name"]: layer["weight"] for layer in result.layers if layer["weight"] not in (None, "float32")}

@@ -51,7 +51,7 @@ def prove(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str,
 
 
 def rescalable(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str, QTensor]) -> bool:
-    """Whether the factor from a node's sums to the codes of its result fits the multipliers of the integer functions."""
+    """Whether the factor from a node's sums to the codes of its result fits the integer functions."""
     form = decision.forms[node]
     if form.output is None or form.family not in families.ACCUMULATES | {families.ADD} or node in decision.wide:
         return True

@@ -13,15 +13,15 @@ from kbitc.graph.edit import add_initializer, all_nodes, constant, describe
 from kbitc.graph.evaluate import run_node
 from kbitc.passes.base import PassResult
 
-#: Never folded: quantized weights stay quantized (and are, where a file quantizes them when it runs), random numbers stay random. An Identity of a constant is what makes a
+#: Never folded: quantized weights stay quantized, random numbers stay random. An Identity of a constant is what makes a
 #: constant graph output; RemoveIdentity takes the others away.
 _KEPT = frozenset(
     "DequantizeLinear DynamicQuantizeLinear RandomNormal RandomNormalLike RandomUniform "
     "RandomUniformLike Bernoulli Multinomial If Loop Scan Constant Identity".split()
 )
-#: Their result can be far larger than their inputs.
 #: What a QuantizeLinear of constants is folded to: codes that onnxruntime hands over as they are.
 _WHOLE_CODES = frozenset((ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16))
+#: Their result can be far larger than their inputs.
 _GROWING = frozenset("ConstantOfShape Expand Tile Range OneHot Pad Resize EyeLike Gather".split())
 
 

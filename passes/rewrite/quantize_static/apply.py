@@ -120,7 +120,9 @@ def _read_given(builder: Builder, node: ir.Node) -> None:
     """The codes of functions of the graph's own inputs that a node reads."""
     for value in builder.form(node).inputs:
         root = builder.decision.roots.get(value)
-        if root is not None and value not in builder.codes and builder.decision.given(root):
+        if not builder.decision.integer_only or root is None:
+            continue
+        if value not in builder.codes and builder.decision.given(root):
             builder.codes[root] = builder.read(root, node)
             elementwise.tabled(builder, value, root, node)
 

@@ -12,7 +12,7 @@ from kbitc import driver, options
 from kbitc.importer.feeds import open_batches
 from kbitc.options import Method
 from kbitc.passes.allocate.activations import plan_activations
-from kbitc.passes.allocate.measured import alive_behind, least_noise, rounded
+from kbitc.passes.allocate.measured import alive_behind, least_noise
 from kbitc.passes.calibrate.moments import fixed_sample
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.solve import solve_weights

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kbitc import catalog
-from kbitc.errors import UnsupportedError, UsageError
+from kbitc.errors import UnsupportedError
 from kbitc.options import DEFAULT_FORM, CompileOptions, Method
 from kbitc.quant.plan import UINT8, QuantPlan, read_plan
 from kbitc.quant.tensor import QTensor
@@ -83,7 +83,7 @@ def quantize_model(
     Raises:
         KbitcError: with the reason in one line; nothing is written then.
     """
-    from kbitc.importer.files import size_of
+    from kbitc.importer.files import fresh_output, size_of
     from kbitc.passes.interchange._export import Export
     from kbitc.passes.verify import accuracy
     from kbitc.targets.target import parse_target
@@ -389,17 +389,3 @@ def finish_bundle(
         provenance={**origin, "tuning": built.target.tuning_facts}, accepts=accepts,
     )  # fmt: skip
     return manifest is not None
-
-
-def fresh_output(output: str | PathLike[str], force: bool) -> Path:
-    """The output path; refused when it exists, unless forced.
-
-    Raises:
-        UsageError: it exists, or its folder does not.
-    """
-    path = Path(output)
-    if (path.exists() or path.is_symlink()) and not force:
-        raise UsageError("output already exists", where=str(path), remedy="use --force to replace it")
-    if not path.absolute().parent.is_dir():
-        raise UsageError("output folder does not exist", where=str(path.parent), remedy="create it first")
-    return path

@@ -12,6 +12,7 @@ from kbitc import catalog, driver
 from kbitc.errors import UsageError
 from kbitc.graph.evaluate import Session
 from kbitc.graph.functions import add_functions
+from kbitc.importer.files import fresh_output
 from kbitc.options import CompileOptions, Method, default_scheme
 from kbitc.passes.allocate.allocation import by_noise
 from kbitc.passes.allocate.allocators import second_order, sensitivity
@@ -109,7 +110,7 @@ def check_outputs(output: Path, plan: Path | None, force: bool) -> None:
     """
     for path in (output, output.with_suffix(DATA_SUFFIX), plan):
         if path is not None:
-            driver.fresh_output(path, force)
+            fresh_output(path, force)
     if output.suffix == DATA_SUFFIX:
         raise UsageError("the page is HTML; its data go beside it", got=str(output), remedy="give -o report.html")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from kbitc.errors import ModelError, ResourceError
+from kbitc.errors import ModelError, ResourceError, UsageError
 
 #: protobuf cannot hold more than this in one message.
 PROTOBUF_LIMIT = (1 << 31) - 1
@@ -167,3 +168,17 @@ def size_of(write: Callable[[Path], object], path: Path) -> int:
     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         write(Path(folder) / path.name)
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def fresh_output(output: str | PathLike[str], force: bool) -> Path:
+    """The output path; refused when it exists, unless forced.
+
+    Raises:
+        UsageError: it exists, or its folder does not.
+    """
+    path = Path(output)
+    if (path.exists() or path.is_symlink()) and not force:
+        raise UsageError("output already exists", where=str(path), remedy="use --force to replace it")
+    if not path.absolute().parent.is_dir():
+        raise UsageError("output folder does not exist", where=str(path.parent), remedy="create it first")
+    return path

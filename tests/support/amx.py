@@ -1,4 +1,4 @@
-"""AMX for tests: the processor's own where there is one, otherwise `amx_emulator.c`, which runs the same machine code."""
+"""AMX for tests: the processor's own where there is one, else `amx_emulator.c`, which runs the same machine code."""
 
 from __future__ import annotations
 

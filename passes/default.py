@@ -22,6 +22,7 @@ from kbitc.passes.canonicalize.if_to_where import IfToWhere
 from kbitc.passes.canonicalize.inline_constant_if import InlineConstantIf
 from kbitc.passes.canonicalize.inline_functions import InlineFunctions
 from kbitc.passes.canonicalize.lift_constants import LiftConstants
+from kbitc.passes.canonicalize.loop_to_scan import LoopToScan
 from kbitc.passes.canonicalize.merge_equal import MergeEqual
 from kbitc.passes.canonicalize.pow_to_mul import PowToMul
 from kbitc.passes.canonicalize.remove_identity import RemoveIdentity
@@ -53,6 +54,7 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     FoldShapes(),
     FoldConstants(),
     InlineConstantIf(),
+    LoopToScan(),
     ExpandRecurrent(),
     LiftConstants(),
     RemoveIdentity(),

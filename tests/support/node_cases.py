@@ -95,7 +95,7 @@ def try_case(name: str) -> Outcome:
     return outcome
 
 
-def _rounding(proto: onnx.ModelProto, feeds: list[Array]) -> float:
+def rounding(proto: onnx.ModelProto, feeds: list[Array]) -> float:
     """What float32 sums of all elements may lose, where sums cancel: a case's own tolerance is that of an FFT."""
     if all(node.op_type != "DFT" for node in proto.graph.node):
         return 0.0
@@ -108,7 +108,7 @@ def _attempt(proto: onnx.ModelProto, feeds: list[Array], wanted: list[Array], ca
     except KbitcError as error:
         return Outcome("refused", str(error))
     names = [info.name for info in proto.graph.input]
-    least = _rounding(proto, feeds)
+    least = rounding(proto, feeds)
     results = runnable(dict(zip(names, feeds, strict=False)))
     for result, expected in zip(results, wanted, strict=True):
         if result.shape != expected.shape or result.dtype != expected.dtype:

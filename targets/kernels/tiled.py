@@ -40,6 +40,9 @@ TASK_ROWS, FEW_TASK_ROWS = 512, 128
 FEW_GROUPS = 16
 # int32 of the sums of 32 rows by 32 channels, and of what they are added to, in one scratch buffer.
 SUMS = BLOCK_ROWS * GROUP_TILES * LANES
+# Where a 0 lies in it. LLVM cannot know that it is 0, so that addresses in the panel stay displacements of one register;
+# otherwise it works out hundreds of them ahead and spills them.
+ZERO = 2 * SUMS
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class Tiled(ABC):
             first, row = v.bind(v.i64(group * GROUP_TILES)), v.bind(v.i64(start))
             panel = builder.alloc_buffer((GROUP_TILES * self.taps * self.reduction.panel_rows * VECTOR_BYTES,), "uint8",
                                          scope="local")  # fmt: skip
-            scratch = builder.alloc_buffer((2 * SUMS,), "int32", scope="local")
+            scratch = builder.alloc_buffer((2 * SUMS + LANES,), "int32", scope="local")
             count = min(rows, run) if isinstance(rows, int) and rows <= run else v.bind(
                 tirx.min(v.i64(rows) - row, v.i64(run)))  # fmt: skip
             odd = self.output_tiles % GROUP_TILES == 1
@@ -290,6 +293,7 @@ class _Task:
 
     def emit(self, count: int) -> None:
         """Decode the panel of `count` tiles, then all rows, 32 at a time."""
+        v.store(self.scratch, [ZERO], tirx.const(0, "int32"), 1)
         self.product.prepare()
         v.loop(self.product.taps, lambda tap: v.loop(count, lambda i: self._decode(tap, i, count)))
         rows = self.count
@@ -359,7 +363,8 @@ class _Task:
     def _part(self, row: Expr, rows: Any, halves: int, count: int) -> None:
         """Some rows by the panel, from nothing to their results."""
         high = self.product.lines.high
-        starts = [v.held_index(self.product.lines.start(v.bind(row + half * high))) for half in range(halves)]
+        # Bound, because a held index alone would be read again wherever it is used.
+        starts = [v.bind(v.held_index(self.product.lines.start(v.bind(row + half * high)))) for half in range(halves)]
         part = TilePart(row, rows, starts, high, self.first, count, self.scratch)
         self.product.begin(part)
         v.loop(self.product.taps, lambda tap: self._tap(part, tap))
@@ -383,16 +388,19 @@ class _Task:
         made, folds = self.product.reduction, not self.product.one_sum
         for half, i in part.pairs if folds else ():
             tiles.zero(2 * half + i)
-        offset = v.bind(self.product.lines.tap_offset(tap))
-        panel = v.bind(self._panel_row(tap, v.i64(0), part.tiles) * VECTOR_BYTES)
+        lines = self.product.lines
+        offset = v.bind(lines.tap_offset(tap))
+        lefts = [v.bind((start + offset) * lines.pixel) for start in part.starts]
+        zero = tirx.Cast("int64", self.scratch[v.i64(ZERO)])
+        panel = v.bind(self._panel_row(tap, v.i64(0), part.tiles) * VECTOR_BYTES + zero)
 
         def window(index: Expr) -> None:
             at = v.bind(span.start + index * made.width)
-            self._dots(part, offset, at, v.bind(panel + at * (VECTOR_BYTES // GROUP)))
+            self._dots(part, lefts, at, v.bind(panel + at * (VECTOR_BYTES // GROUP)))
 
         v.loop(span.windows, window)
         if span.tail >= 0:
-            self._dots(part, offset, v.i64(span.tail), v.bind(panel + made.decoded_rows * VECTOR_BYTES))
+            self._dots(part, lefts, v.i64(span.tail), v.bind(panel + made.decoded_rows * VECTOR_BYTES))
         if folds:
             self._store(part)
             self.product.fold(part, tap, span.block)
@@ -403,12 +411,11 @@ class _Task:
             place = (half * part.high * GROUP_TILES + i) * LANES
             tiles.store(2 * half + i, tiles.address(self.scratch, v.i64(place)), 4 * GROUP_TILES * LANES)
 
-    def _dots(self, part: TilePart, offset: Expr, channel: Expr, levels: Expr) -> None:
+    def _dots(self, part: TilePart, lefts: list[Expr], channel: Expr, levels: Expr) -> None:
         """One window: every left tile by every right tile."""
         product, lines = self.product, self.product.lines
-        for half, start in enumerate(part.starts):
-            place = (start + offset) * lines.pixel + channel
-            tiles.load(LEFT + half, tiles.address(product.activations, place), lines.step * lines.pixel)
+        for half, left in enumerate(lefts):
+            tiles.load(LEFT + half, tiles.address(product.activations, left + channel), lines.step * lines.pixel)
         for i in range(part.tiles):
             place = levels + i * (product.reduction.panel_rows * VECTOR_BYTES)
             tiles.load(RIGHT + i, tiles.address(self.panel, place), VECTOR_BYTES)

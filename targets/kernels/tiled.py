@@ -40,7 +40,7 @@ TASK_ROWS, FEW_TASK_ROWS = 512, 128
 FEW_GROUPS = 16
 # int32 of the sums of 32 rows by 32 channels, and of what they are added to, in one scratch buffer.
 SUMS = BLOCK_ROWS * GROUP_TILES * LANES
-# Where a 0 lies in it. LLVM cannot know that it is 0, so that addresses in the panel stay displacements of one register;
+# Where a 0 lies in it. LLVM cannot know that it is 0, so that addresses in the panel stay displacements of a register;
 # otherwise it works out hundreds of them ahead and spills them.
 ZERO = 2 * SUMS
 

@@ -12,6 +12,7 @@ from kbitc.targets.target import Target, all_targets, host_runs, machine_runs, p
 
 WIDE = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "popcnt"})
 VNNI = frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni"})
+AMX = WIDE | VNNI | {"avx512vbmi", "amx_tile", "amx_int8"}
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(machine, "architecture", lambda: architecture)
         monkeypatch.setattr(machine, "cpu_features", lambda: features)
         monkeypatch.setattr(machine, "cuda_capability", lambda: gpu)
+        monkeypatch.setattr(machine, "may_use_tiles", lambda: True)
 
     return apply
 
@@ -47,6 +49,7 @@ def test_tvm_accepts_every_target(target: Target) -> None:
         ("x86", "x86:avx2"),
         ("x86:avx2,avx512vnni", "x86:avx512vnni"),
         ("x86:avx512vbmi,avx512vnni", "x86:avx512vbmi"),
+        ("x86:amx", "x86:amx"),
         ("arm-neon", "arm-neon:dotprod"),
         ("arm-neon:i8mm", "arm-neon:dotprod,i8mm"),
         (" arm-neon:dotprod, i8mm ", "arm-neon:dotprod,i8mm"),
@@ -67,7 +70,7 @@ def test_other_spellings(text: str, name: str) -> None:
         ("x86:avx512", "x86:avx512vnni"),
         ("reference:fast", "write reference alone"),
         ("host:avx2", "did you mean host?"),
-        ("x86:", "known: x86:avx2, x86:avx512vnni, x86:avx512vbmi"),
+        ("x86:", "known: x86:avx2, x86:avx512vnni, x86:avx512vbmi, x86:amx"),
         ("", "known: host"),
     ],
 )
@@ -81,6 +84,8 @@ def test_unknown_targets_name_the_nearest(text: str, hint: str) -> None:
 @pytest.mark.parametrize(
     ("architecture", "features", "name"),
     [
+        ("x86_64", AMX, "x86:amx"),
+        ("x86_64", AMX - {"amx_int8"}, "x86:avx512vbmi"),
         ("x86_64", WIDE | VNNI | {"avx512vbmi"}, "x86:avx512vbmi"),
         ("x86_64", WIDE | VNNI, "x86:avx512vnni"),
         ("x86_64", WIDE | VNNI - {"avx512_vnni"}, "x86:avx2"),
@@ -109,6 +114,23 @@ def test_another_machine_is_refused_naming_both_sides(pretend) -> None:
     assert "fma" not in reason
     pretend("x86_64", WIDE | VNNI)
     assert "avx512vbmi" in str(host_runs(parse_target("x86:avx512vbmi")))
+
+
+def test_tiles_need_a_permission_that_is_asked_for_only_where_there_are_any(pretend, monkeypatch) -> None:
+    asked = []
+
+    def ask() -> bool:
+        asked.append(1)
+        return False
+
+    pretend("x86_64", WIDE | VNNI)
+    monkeypatch.setattr(machine, "may_use_tiles", ask)
+    assert "amx_int8, amx_tile, avx512vbmi" in str(host_runs(parse_target("x86:amx")))
+    assert host_runs(parse_target("x86:avx512vnni")) is None and not asked
+    pretend("x86_64", AMX)
+    monkeypatch.setattr(machine, "may_use_tiles", ask)
+    assert "does not permit" in str(host_runs(parse_target("x86:amx")))
+    assert parse_target("host").name == "x86:avx512vbmi" and asked
 
 
 @pytest.mark.parametrize(
@@ -153,7 +175,7 @@ def test_features_whose_registers_are_not_saved_cannot_be_used(inactive: tuple[i
 def test_plain_x86_is_every_variant() -> None:
     """The first runs wherever another does: a bundle is chosen by going from the last to the first."""
     every = targets.parse_targets("x86")
-    assert [item.name for item in every] == ["x86:avx2", "x86:avx512vnni", "x86:avx512vbmi"]
+    assert [item.name for item in every] == ["x86:avx2", "x86:avx512vnni", "x86:avx512vbmi", "x86:amx"]
     for narrow, wide in zip(every, every[1:], strict=False):
         assert set(narrow.cpu_features) < set(wide.cpu_features)
     assert targets.bundle_name(every) == "x86"

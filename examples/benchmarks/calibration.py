@@ -2,7 +2,9 @@
 
     python examples/benchmarks/calibration.py                      12 layers of 768, percentile observer
     python examples/benchmarks/calibration.py --layers 2 --samples 64
+    python examples/benchmarks/calibration.py --samples 16 --observer measured --values 3
 
+With `measured` the first values take most: all of the model lies behind them.
 The weights are random: memory does not depend on them. The peak is that of the whole process, the model (about 440 MB)
 and onnxruntime's copy of it included.
 """
@@ -72,21 +74,32 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--observer", default="percentile")
+    parser.add_argument("--values", type=int, help="how many values are measured, for --observer measured")
     parser.add_argument("--save", action="store_true", help="write results/calibration.json")
     options = parser.parse_args()
     from kbitc import catalog
     from kbitc.importer import load_model
+    from kbitc.passes.allocate.measured import BATCHES, least_noise
     from kbitc.passes.allocate.static import observable
     from kbitc.passes.calibrate.collect import collect
     from kbitc.passes.canonicalize import canonicalize
+    from kbitc.quant.static import codes_for
 
     model = canonicalize(load_model(bert_shaped(options.layers, options.width)))
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (options.samples, LENGTH))
-    feeds = ({"ids": ids[start : start + BATCH]} for start in range(0, len(ids), BATCH))
+    feeds = [{"ids": ids[start : start + BATCH]} for start in range(0, len(ids), BATCH)]
     start, processor = time.perf_counter(), time.process_time()
     stats = collect(model, observable(model), feeds)
-    observe = catalog.find("kbitc.passes.observers", options.observer, "observer").observe
-    ranges = {name: observe(item, 256) for name, item in stats.values.items()}
+    observer = catalog.find("kbitc.passes.observers", options.observer, "observer")
+    ranges = {name: observer.observe(item, 256) for name, item in stats.values.items()}
+    if hasattr(observer, "candidates"):
+        offers = {
+            name: [codes_for(*ends, 8) for ends in observer.candidates(stats.values[name], 256)] for name in ranges
+        }
+        choices = [name for name, every in offers.items() if len(every) > 1][: options.values]
+        collected = time.perf_counter()
+        least_noise(model, {name: offers[name] for name in choices}, feeds[:BATCHES])
+        print(f"{len(choices)} values with a choice measured in {time.perf_counter() - collected:.0f} s")
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
     name = f"{options.observer}, {len(ranges)} values"

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
+from kbitc.errors import InternalError
 from kbitc.quant.format import Format
 from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
@@ -36,12 +37,19 @@ class Feed:
         shift: left shift of a code, 1 for levels two apart.
         flip: bits inverted, 0x80 to make an unsigned byte signed.
         table: uint8 [2^k] fed bytes (two's complement) by code, or None when shift and flip are enough.
+        ends: the lowest and the highest number fed.
     """
 
     bias: int
     shift: int = 0
     flip: int = 0
     table: tuple[int, ...] | None = None
+    ends: tuple[int, int] = (-128, 255)
+
+    @property
+    def largest(self) -> int:
+        """The size of the largest number fed."""
+        return max(map(abs, self.ends))
 
 
 def stored_bias(data_type: Format) -> int:
@@ -52,17 +60,25 @@ def stored_bias(data_type: Format) -> int:
     return -data_type.levels[0] if data_type.uniform else 128
 
 
-def feed_of(data_type: Format, *, signed: bool) -> Feed:
-    """How the levels of a format become signed or unsigned bytes."""
+def feed_of(data_type: Format, *, signed: bool, lowest: int | None = None) -> Feed:
+    """How the levels of a format become signed or unsigned bytes.
+
+    Args:
+        data_type: the format.
+        signed: whether bytes are fed as -128 .. 127 or as 0 .. 255.
+        lowest: what the lowest level of a table is fed as; None leaves signed levels as they are, and adds 128 to
+            unsigned ones.
+    """
     levels = data_type.levels
-    step = levels[1] - levels[0]
+    low, high, step = min(levels), max(levels), levels[1] - levels[0]
     affine = levels == tuple(levels[0] + step * i for i in range(len(levels)))
     if affine and step in (1, 2):
-        if not signed or step * (len(levels) - 1) < 128:
-            return Feed(bias=-levels[0], shift=step - 1)
-        return Feed(bias=-levels[0] - 128, shift=step - 1, flip=0x80)
-    bias = 0 if signed else 128
-    return Feed(bias=bias, table=tuple((level + bias) % 256 for level in levels))
+        if not signed or high - low < 128:
+            return Feed(bias=-low, shift=step - 1, ends=(0, high - low))
+        return Feed(bias=-low - 128, shift=step - 1, flip=0x80, ends=(-128, high - low - 128))
+    usual = 0 if signed else 128
+    bias = usual if lowest is None else lowest - low
+    return Feed(bias, table=tuple((level + bias) % 256 for level in levels), ends=(low + bias, high + bias))
 
 
 def signed_levels(levels: Sequence[int], origin: int = 0) -> tuple[Feed, int]:
@@ -119,7 +135,7 @@ class Isa(ABC):
     def look_up(self, table: list[Expr], codes: Expr) -> Expr:
         """entries[code] for every byte: uint8 vector of `bytes` lanes in, the same type out."""
 
-    def split(self, levels: Expr) -> tuple[Expr, ...]:
+    def split(self, levels: Expr, feed: Feed) -> tuple[Expr, ...]:
         """Prepare fed bytes (uint8 vector) for `dot`; done once per vector of codes."""
         return (levels,)
 
@@ -130,6 +146,28 @@ class Isa(ABC):
     @abstractmethod
     def dot(self, sums: Expr, levels: tuple[Expr, ...], activations: tuple[Expr, ...]) -> Expr:
         """sums[n] + sum over j of levels[4 n + j] * activations[j]: int32, wraps, never saturates."""
+
+    def chain(self, feed: Feed) -> int:
+        """How many results of `narrow` may be added in 16 bits; 0 where there is only `dot`.
+
+        It holds for any levels of the feed and any activations in -127 .. 127.
+        """
+        return 0
+
+    def narrow(self, sums: Expr | None, levels: tuple[Expr, ...], activations: tuple[Expr, ...], feed: Feed) -> Expr:
+        """As `dot` with two int16 sums a channel: lane 2 n for j = 0 and 1, lane 2 n + 1 for j = 2 and 3; None is 0."""
+        raise InternalError(f"{self.name} has no sums of 16 bits", got=repr((sums, levels, activations, feed)))
+
+    def keep_order(self, doubt: Expr) -> None:  # noqa: B027
+        """Emitted between the steps of a tile of several rows, where LLVM would compute row after row otherwise.
+
+        Args:
+            doubt: a condition that is never true.
+        """
+
+    def widened(self, pairs: Expr, factors: Expr) -> Expr:
+        """pairs[2 n] * factors[2 n] + pairs[2 n + 1] * factors[2 n + 1] of int16 vectors as int32 [lanes]."""
+        raise InternalError(f"{self.name} has no sums of 16 bits", got=repr((pairs, factors)))
 
     def widen(self, halves: Expr) -> Expr:
         """f16 vector of `lanes` to f32."""
@@ -205,7 +243,7 @@ class Portable(Isa):
             found = v.bind(tirx.Select(same, fed, found))
         return found
 
-    def split(self, levels: Expr) -> tuple[Expr, ...]:
+    def split(self, levels: Expr, feed: Feed) -> tuple[Expr, ...]:
         """See `Isa.split`."""
         return (v.reinterpret(levels, "int32", self.lanes),)
 

@@ -14,12 +14,14 @@ from tvm.script.ir_builder import tirx as builder
 from kbitc.quant.packing import GROUP
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.ftile import Registers
-from kbitc.targets.kernels.isa import Isa
+from kbitc.targets.kernels.isa import Feed, Isa
 
 # Sums that hide the latency of an addition or multiply-add.
 CHAINS = 8
 # The operands of the multiply-adds, in bytes: they stay in the first-level cache.
 OPERAND_BYTES = 8192
+# The widest levels that every instruction set multiplies as they are.
+SEVEN_BITS = Feed(bias=0, ends=(0, 127))
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def make_integer_peak(isa: Isa, rounds: int, tasks: int, name: str) -> Probe:
         return [isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))) for four in fours]
 
     def levels(x: Any, at: Any) -> Any:
-        return isa.split(v.bind(v.load(x, [at], isa.bytes)))
+        return isa.split(v.bind(v.load(x, [at], isa.bytes)), SEVEN_BITS)
 
     # An instruction set that splits levels in two (AVX2) holds two registers of every operand.
     work = _Work(rounds, tasks, isa.lanes, isa.bytes, "uint8", "int32", isa.registers, 1 if isa.lanes > 8 else 2)

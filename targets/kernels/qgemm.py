@@ -41,9 +41,13 @@ from kbitc.targets.kernels.rows import ConvRows, MatmulRows
 from kbitc.targets.kernels.tasks import row_tasks
 from kbitc.targets.kernels.tiled import lines_of
 from kbitc.targets.lower.contraction import PostFunction
+from kbitc.targets.target import ACTIVATION_LEVEL
 
 Expr = Any
 Buffer = Any
+# By row, 16-channel tile and part of it.
+Sums = dict[tuple[int, int, int], Expr]
+INT16_LIMIT = 2**15 - 1
 # Blocks of up to this many steps are unrolled whole; longer ones loop over their units.
 UNROLLED_STEPS = 16
 # Where `_Block._raises` pays: measured 5 to 9 % of a matrix-vector product on Zen 4, nothing at 1 bit.
@@ -111,6 +115,17 @@ def make_qgemm(spec: QgemmSpec, isa: Isa, name: str) -> Any:
     return v.kernel(name, lambda: _Generator(spec, isa).emit())
 
 
+def pair_of(factors: Expr, lanes: int) -> Expr:
+    """int32 numbers below 2^15 twice each as int16."""
+    twice = factors | tirx.shift_left(factors, v.full(16, "int32", lanes))
+    return v.bind(v.reinterpret(twice, "int16", 2 * lanes))
+
+
+def halves(number: int) -> tuple[int, int]:
+    """Two integers of about one size whose sum it is."""
+    return number // 2, number - number // 2
+
+
 class _Generator:
     """Emits the statements of one kernel."""
 
@@ -119,6 +134,19 @@ class _Generator:
         self.isa = isa
         self.feed: Feed = isa.feed(spec.data_type)
         self.table: list[Expr] | None = None
+        # What is fed too much for the integer of a weight; zero points take its place.
+        self.excess = 0 if spec.zero_point else self.feed.bias + spec.origin
+
+    def one_chain(self, steps: int) -> bool:
+        """Whether the sums of a block of so many steps fit 16 bits, with half of -excess * sum(q) in each.
+
+        Only what comes out must fit: int16 additions wrap. A lane sums two of the four channels of every step.
+        """
+        if not self.isa.chain(self.feed):
+            return False
+        own, (low, high) = GROUP // 2 * steps, self.feed.ends
+        worst = max(own * (max(abs(low - h), abs(high - h)) + abs(h)) for h in halves(self.excess))
+        return worst * ACTIVATION_LEVEL <= INT16_LIMIT
 
     def emit(self) -> None:
         """Arguments, then statements."""
@@ -232,7 +260,9 @@ class _Block:
         self.tap = tap
         self.source = source
         # Sums of codes that stay 2^k times too large where they lie in their byte.
-        self.raised: dict[tuple[int, int, int], Expr] = {}
+        self.raised: Sums = {}
+        # Whether the sums of the block are kept in 16 bits, two a channel.
+        self.narrow = False
 
     def emit(self, block: Expr, unit: Expr, channels: int, *, lead_half: bool) -> None:
         """One block of `channels` channels that starts at the unit, or in its middle.
@@ -241,16 +271,20 @@ class _Block:
         """
         keys = self.g._keys(self.tile)
         lanes = self.g.isa.lanes
-        acc = {key: self._start(key[0], block) for key in keys}
         steps = -(-channels // GROUP)
         offset = STEPS // 2 if lead_half else 0
-        if steps + offset <= UNROLLED_STEPS:
-            if self._raises():
-                self.raised = {key: v.full(0, "int32", lanes) for key in keys}
+        unrolled = steps + offset <= UNROLLED_STEPS
+        self.narrow = unrolled and self.g.one_chain(steps)
+        acc = {key: self._start(key[0], block) for key in keys}
+        self.total = v.bind(self.g.args.sums[self.source[0], block])
+        if unrolled:
+            lane = ("int16", 2 * lanes) if self.narrow else ("int32", lanes)
+            if self._raises(steps):
+                self.raised = {key: v.full(0, *lane) for key in keys}
             for start in range(0, steps + offset, STEPS):
                 acc = self._unit(acc, v.i64(unit) + start // STEPS, max(0, offset - start),
                                  min(STEPS, steps + offset - start))  # fmt: skip
-            bits = v.full(self.g.spec.data_type.bits, "int32", lanes)
+            bits = v.full(self.g.spec.data_type.bits, *lane)
             for key, sums in self.raised.items():
                 acc[key] = v.bind(acc[key] + tirx.shift_right(sums, bits))
         else:
@@ -272,25 +306,36 @@ class _Block:
                 acc = self._unit(acc, v.i64(unit) + steps // STEPS, 0, steps % STEPS)
         self._end(acc, block)
 
-    def _raises(self) -> bool:
+    def _raises(self, steps: int) -> bool:
         """Whether every second code of a byte is multiplied where it lies, which saves its shift.
 
-        It takes a second accumulator, for which only the matrix-vector product has registers. No sum overflows: an
-        unrolled block has at most 64 products of 255 by 127.
+        It takes a second accumulator, for which only the matrix-vector product has registers. No sum overflows int32:
+        an unrolled block has at most 64 products of 255 by 127.
         """
         g = self.g
         plain = not g.isa.signed and g.feed.table is None and g.feed.shift == 0
-        return plain and len(self.source) == 1 and g.spec.data_type.bits in RAISED_BITS
+        if not plain or len(self.source) > 1 or g.spec.data_type.bits not in RAISED_BITS:
+            return False
+        chain = g.isa.chain(self._raised_feed())
+        return chain >= -(-steps // 2) if self.narrow else not g.isa.chain(g.feed)
+
+    def _raised_feed(self) -> Feed:
+        bits, (low, high) = self.g.spec.data_type.bits, self.g.feed.ends
+        return replace(self.g.feed, shift=bits, ends=(low << bits, high << bits))
 
     def _start(self, row: int, block: Expr) -> Expr:
-        """-bias * sum(q), or 0 where zero points take its place."""
-        lanes, bias = self.g.isa.lanes, self.g.feed.bias + self.g.spec.origin
-        if self.g.spec.zero_point or bias == 0:
-            return v.full(0, "int32", lanes)
+        """-excess * sum(q), in 16 bits halves of it that wrap."""
+        lanes, excess = self.g.isa.lanes, self.g.excess
+        if not excess:
+            return v.full(0, "int16", 2 * lanes) if self.narrow else v.full(0, "int32", lanes)
         total = self.g.args.sums[self.source[row], block]
-        return v.bind(v.splat(total * tirx.const(-bias, "int32"), lanes))
+        if not self.narrow:
+            return v.bind(v.splat(total * tirx.const(-excess, "int32"), lanes))
+        low, high = (total * tirx.const(-half, "int32") for half in halves(excess))
+        word = tirx.shift_left(high, tirx.const(16, "int32")) | (low & tirx.const(0xFFFF, "int32"))
+        return v.bind(v.reinterpret(v.splat(word, lanes), "int16", 2 * lanes))
 
-    def _unit(self, acc: dict[tuple[int, int, int], Expr], unit: Expr, first: int, end: int) -> Any:
+    def _unit(self, acc: Sums, unit: Expr, first: int, end: int) -> Sums:
         """Steps first .. end - 1 of one unit."""
         g, isa, tile = self.g, self.g.isa, self.tile
         acc, bits = dict(acc), g.spec.data_type.bits
@@ -299,24 +344,61 @@ class _Block:
             for i in range(tile.tiles)
             for p in range(isa.parts)
         }
+        chain, pairs = 0 if self.narrow else isa.chain(g.feed), Sums()
         for step in range(first, end):
             activations = []
             for source in self.source:
                 four = v.load(g.args.codes, [source, unit * UNIT + GROUP * step], GROUP)
                 activations.append(isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))))
             raised = bool(self.raised) and step % per_vector(bits) % 2 == 1
-            feed, sums = (replace(g.feed, shift=bits), self.raised) if raised else (g.feed, acc)
+            feed, sums = (self._raised_feed(), self.raised) if raised else (g.feed, pairs if chain else acc)
             for (i, p), codes in units.items():
-                fed = v.bind(level_bytes(isa, feed, g.table, codes, step))
-                levels = isa.split(fed)
+                levels = isa.split(v.bind(level_bytes(isa, feed, g.table, codes, step)), feed)
                 for r, activation in enumerate(activations):
-                    sums[r, i, p] = v.bind(isa.dot(sums[r, i, p], levels, activation))
+                    sums[r, i, p] = self._add(sums.get((r, i, p)), levels, activation, feed)
+            if chain and ((step - first + 1) % chain == 0 or step == end - 1):
+                for key, found in pairs.items():
+                    acc[key] = v.bind(acc[key] + self._whole(found))
+                pairs.clear()
+            if len(self.source) > 1:
+                # No sum of activations is so low. The same condition twice would be tested once.
+                isa.keep_order(self.total == tirx.const(step - 2**31, "int32"))
         return acc
+
+    def _add(self, sums: Expr | None, levels: tuple[Expr, ...], activation: tuple[Expr, ...], feed: Feed) -> Expr:
+        """The sums with one more step, in 16 bits where the instruction set has such sums."""
+        isa = self.g.isa
+        if isa.chain(feed):
+            return isa.narrow(sums, levels, activation, feed)
+        return v.bind(isa.dot(sums, levels, activation))
+
+    def _whole(self, pairs: Expr) -> Expr:
+        """Sums of 16 bits as int32."""
+        return self.g.isa.widened(pairs, v.full(1, "int16", 2 * self.g.isa.lanes))
 
     def _end(self, acc: dict[tuple[int, int, int], Expr], block: Expr) -> None:
         """Subtract zero points, scale, add to the sums; then what offsets add."""
         fold, tile = self.g.fold, self.tile
         numbers = fold.numbers(tile.first, tile.tiles, self.tap, block)
         held = tile.totals or tile.sums
+        factors = self._pairs_of_factors(numbers.scales)
         for r, source in enumerate(self.source):
-            fold.row(numbers, tile.row(r, acc), source, tile.out_rows[r], tile.row(r, held))
+            sums = tile.row(r, acc)
+            if factors:
+                self._add_times(sums, factors, tile.row(r, tile.totals))
+                continue
+            exact = {place: v.bind(self._whole(found)) for place, found in sums.items()} if self.narrow else sums
+            fold.row(numbers, exact, source, tile.out_rows[r], tile.row(r, held))
+
+    def _pairs_of_factors(self, factors: dict[Place, Expr]) -> dict[Place, Expr]:
+        """Factors that sums of 16 bits are multiplied by as they are widened; none where something comes between."""
+        g, lanes = self.g, self.g.isa.lanes
+        if not self.narrow or not g.spec.factors or g.spec.zero_point or g.spec.accumulators:
+            return {}
+        return {place: pair_of(factor, lanes) for place, factor in factors.items()}
+
+    def _add_times(self, sums: dict[Place, Expr], factors: dict[Place, Expr], totals: dict[Place, Buffer]) -> None:
+        """The sums of a row times the factors of the block to its totals."""
+        isa = self.g.isa
+        for place, factor in factors.items():
+            v.put(totals[place], v.get(totals[place], isa.lanes) + isa.widened(sums[place], factor), isa.lanes)

@@ -28,16 +28,20 @@ def product(name: str, scheme: str, size: tuple[int, int, int], x: Any = None, w
     return Case(name, RULE, kernels.matmul(name, weight, (m,), accumulators_out=True, **more), x)
 
 
-def _extreme(name: str, scheme: str, channels: int) -> Case:
-    """Every code and activation at its end: the largest sums there are."""
+def _extreme(name: str, scheme: str, channels: int, first: int = 0) -> Case:
+    """Every code and activation at its end: the largest sums there are.
+
+    In the last row every second pair of activations is negative: int16 sums of pairs then differ most.
+    """
     weight = kernels.random_weight(scheme, (17, 1, channels))
     weight.codes[:9] = 0
     weight.codes[9:] = 2**weight.bits - 1
     if weight.zero_points is not None:
         weight.zero_points[:] = 2**weight.bits - 1
-    x = np.full((3, channels), -1e30, np.float32)
+    x = np.full((5, channels), -1e30, np.float32)
     x[1] = 1e30
-    return product(name, scheme, (3, 17, channels), x, weight)
+    x[4] = np.where(np.arange(channels) % 4 < 2, 1e30, -1e30)
+    return product(name, scheme, (5 - first, 17, channels), x[first:], weight)
 
 
 def _learned(bits: int, channels: int) -> Case:
@@ -82,6 +86,11 @@ CASES = (
     product("two_levels_table", "fp4:b16/i4", (6, 16, 40), bias=BIAS[:16], post=RELU),
     product("zeros", "int4:b32", (2, 16, 32), np.zeros((2, 32), np.float32)),
     _outlier(),
+    *(_extreme(f"extreme{k}", f"int{k}:b32", 70) for k in range(1, 8)),
+    *(
+        _extreme(f"extreme_vector_{name}", f"{name}:b32", 70, first=4)
+        for name in ("int2", "int4", "nf4", "fp4", "int7")
+    ),
     _extreme("extreme8", "int8:c", 4099),
     _extreme("extreme_zero8", "uint8:b1024:zp", 1030),
     _extreme("extreme_two_levels", "int4:b32/i4", 4099),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kbitc.targets.kernels import vector as v
-from kbitc.targets.kernels.isa import Isa
+from kbitc.targets.kernels.isa import Feed, Isa
 from kbitc.targets.neon.intrin import sdot, tbl
 
 Expr = Any
@@ -40,7 +40,7 @@ class Dotprod(Isa):
             found = part if found is None else found | part
         return found
 
-    def split(self, levels: Expr) -> tuple[Expr, ...]:
+    def split(self, levels: Expr, feed: Feed) -> tuple[Expr, ...]:
         """See `Isa.split`."""
         return (v.bind(v.reinterpret(levels, "int8", self.bytes)),)
 

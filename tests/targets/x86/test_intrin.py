@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kbitc.errors import InternalError
 from kbitc.targets.target import host_runs, parse_target
-from kbitc.targets.x86.intrin import packs, vpdpbusd, vpermb, vpmaddwd, vpshufb
+from kbitc.targets.x86.intrin import packs, vpdpbusd, vpermb, vpmaddubsw, vpmaddwd, vpshufb, vpsignb
 from kbitc.targets.x86.intrin.avx2 import Avx2
 from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
 from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
@@ -30,6 +31,18 @@ def _vpdpbusd(name: str, sums: Any, unsigned: Any, signed: Any) -> Instruction:
 
 def _vpmaddwd(name: str, left: Any, right: Any) -> Instruction:
     return Instruction(name, (left, right), vpmaddwd.emit, vpmaddwd.meaning(left, right))
+
+
+def _vpmaddubsw(name: str, unsigned: Any, signed: Any) -> Instruction:
+    largest = int(unsigned.max()), int(np.abs(signed.astype(int)).max())
+    emit = partial(vpmaddubsw.emit, largest=largest)
+    return Instruction(name, (unsigned, signed), emit, vpmaddubsw.meaning(unsigned, signed))
+
+
+def _vpsignb() -> Instruction:
+    values = np.array([-128, -127, 0, 127] * 8, np.int8)
+    signs = np.repeat(np.array([-128, -1, 0, 1, 127, -7, 7, -127], np.int8), 4)
+    return Instruction("vpsignb", (values, signs), vpsignb.emit, vpsignb.meaning(values, signs))
 
 
 def _vpshufb(width: int) -> Instruction:
@@ -99,6 +112,11 @@ VBMI = (_vpermb(), _vpermi2b(), *(_look_up_any(entries) for entries in (2, 4, 8,
 NARROW = (
     _vpmaddwd("random", _random(np.int16, 16), _random(np.int16, 16)),
     _vpmaddwd("levels", np.full(16, 255, np.int16), np.full(16, -128, np.int16)),
+    _vpmaddubsw("seven bits", _random(np.uint8, 32) >> 1, np.maximum(_random(np.int8, 32), -127)),
+    # 2 * 127 * 127 = 32258 and 2 * 128 * 127 = 32512 are the largest sums that kernels make.
+    _vpmaddubsw("largest levels", np.full(32, 127, np.uint8), np.full(32, -127, np.int8)),
+    _vpmaddubsw("largest sizes", np.full(32, 128, np.uint8), np.tile(np.array([127, 127, -127, -127], np.int8), 8)),
+    _vpsignb(),
     _vpshufb(32),
     *_packs(8),
     *(_look_up(Avx2(), entries) for entries in (2, 16, 32, 64, 128, 256)),
@@ -127,3 +145,11 @@ def test_vbmi_instruction(instruction: Instruction) -> None:
 @pytest.mark.parametrize("instruction", NARROW, ids=lambda i: i.name)
 def test_avx2_instruction(instruction: Instruction) -> None:
     np.testing.assert_array_equal(results("x86:avx2")[instruction.name], instruction.wanted)
+
+
+def test_vpmaddubsw_is_refused_where_it_could_saturate() -> None:
+    operands = np.full(32, 255, np.uint8), np.full(32, 127, np.int8)
+    assert vpmaddubsw.meaning(*operands).max() == vpmaddubsw.HIGHEST < 2 * 255 * 127
+    with pytest.raises(InternalError, match="could saturate .*255 by 127"):
+        vpmaddubsw.emit(None, None, (255, 127))
+    assert [vpmaddubsw.sums(2**bits - 1, 127) for bits in range(1, 9)] == [129, 43, 18, 8, 4, 2, 1, 0]

@@ -1,4 +1,4 @@
-"""Products of few or many rows with one weight at every k, against onnxruntime fp32 and MatMulNBits, one thread.
+"""Products of few or many rows with one weight at every k, against onnxruntime, OpenVINO and ggml, one thread.
 
     python examples/benchmarks/gemv.py [--shapes NxK ...] [--layers 1 8] [--rows 1 8 32 128 512] [--schemes int4:b32]
 
@@ -7,7 +7,8 @@ x [rows, K] times a weight of shape NxK, or one after another as many as --layer
 decoder, and show the bytes; 768x768 shows the cost of a call.
 kbitc's time includes the quantization of the activations, as onnxruntime's with accuracy_level 4 does.
 All engines work in the calling thread, so that its processor time is measured. The machine's limits are probed in the
-same run. Writes results/gemv.json (one row of activations) and results/gemm.json (more); `plots.py` draws them.
+same run. OpenVINO and ggml are there where they can be imported (`peers.py` says how to get them).
+Writes results/gemv.json (one row of activations) and results/gemm.json (more); `plots.py` draws them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
+import peers
 from onnx import TensorProto, helper, numpy_helper
 
 import kbitc
@@ -32,10 +34,20 @@ from kbitc.targets.target import parse_target
 
 ROUNDS = 60
 FEWER_ROUNDS = 15
+MANY_ROWS = 128
+FEWEST_ROUNDS = 7
 # Weights of this many layers do not fit the caches at 4 bits and more: they come from memory.
 MEMORY_LAYERS = 8
 BLOCK = 32
-PEER = "onnxruntime MatMulNBits 4 bits"
+# MatMulNBits of onnxruntime: bits, block, accuracy_level (4 is int8 arithmetic, 0 is float).
+N_BITS = {
+    "onnxruntime MatMulNBits 4 bits": (4, 32, 4),
+    "onnxruntime MatMulNBits 4 bits, block 128": (4, 128, 4),
+    "onnxruntime MatMulNBits 4 bits, level 0": (4, 32, 0),
+    "onnxruntime MatMulNBits 4 bits, block 128, level 0": (4, 128, 0),
+    "onnxruntime MatMulNBits 2 bits, block 128": (2, 128, 4),
+    "onnxruntime MatMulNBits 8 bits": (8, 32, 4),
+}
 BASELINE = "onnxruntime fp32"
 SCHEMES = (*(f"int{k}:b{BLOCK}" for k in range(1, 9)), f"nf4:b{BLOCK}", f"int4:b{BLOCK}/i4")
 SHAPES = ("4096x4096", "768x768", "3072x768", "11008x4096")
@@ -69,20 +81,32 @@ def float_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
     return model_of(nodes, {f"w{i}": w for i, w in enumerate(weights)}, rows, weights[0])
 
 
-def four_bit_model(weights: list[Floats], rows: int) -> onnx.ModelProto:
-    """The same with com.microsoft MatMulNBits, 4 bits, block 32, accuracy_level 4 (int8 arithmetic)."""
+def n_bits_model(weights: list[Floats], rows: int, bits: int, block: int, level: int) -> onnx.ModelProto:
+    """The same with com.microsoft MatMulNBits."""
     names, arrays, nodes = chain(len(weights)), {}, []
     inputs, outputs = weights[0].shape
+    origin = 1 << (bits - 1)
     for i, weight in enumerate(weights):
-        blocks = weight.T.reshape(outputs, inputs // BLOCK, BLOCK)
-        scales = (np.abs(blocks).max(axis=2) / 7).astype(np.float32)
-        codes = np.clip(np.rint(blocks / scales[..., None]) + 8, 0, 15).astype(np.uint8)
-        arrays[f"w{i}"] = codes[..., 0::2] | (codes[..., 1::2] << 4)
-        arrays[f"s{i}"] = scales
-        attributes = {"K": inputs, "N": outputs, "bits": 4, "block_size": BLOCK, "accuracy_level": 4}
+        blocks = weight.T.reshape(outputs, inputs // block, block)
+        scales = (np.abs(blocks).max(axis=2) / max(1, origin - 1)).astype(np.float32)
+        codes = np.clip(np.rint(blocks / scales[..., None]) + origin, 0, 2 * origin - 1).astype(np.uint8)
+        packed = np.zeros((outputs, inputs // block, block * bits // 8), np.uint8)
+        for j in range(8 // bits):
+            packed |= codes[..., j :: 8 // bits] << (bits * j)
+        arrays[f"w{i}"], arrays[f"s{i}"] = packed, scales
+        attributes = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": level}
         given = [names[i], f"w{i}", f"s{i}"]
         nodes.append(helper.make_node("MatMulNBits", given, [names[i + 1]], domain="com.microsoft", **attributes))
     return model_of(nodes, arrays, rows, weights[0])
+
+
+def dynamic_model(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """int8 weights by channel, activations by tensor at run time, of onnxruntime's tool."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    made = folder / "dynamic.onnx"
+    quantize_dynamic(model, str(made), per_channel=True, weight_type=QuantType.QInt8)
+    return onnx.load(made)
 
 
 def chain(layers: int) -> list[str]:
@@ -101,34 +125,45 @@ def in_onnxruntime(model: onnx.ModelProto, x: Floats) -> Callable[[], Any]:
     return lambda: session.run_with_iobinding(binding)
 
 
-def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path) -> Callable[[], Any]:
-    """A call of the bundle for this machine with one thread."""
+def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path, target: str) -> Callable[[], Any]:
+    """A call of the bundle for a target with one thread."""
     bundle = folder / (scheme.replace(":", "-").replace("/", "-") + ".kbit")
-    kbitc.compile(model, bundle, scheme=scheme)
+    kbitc.compile(model, bundle, scheme=scheme, target=target)
     module = kbitc.load(bundle, threads=1)
     arguments = module.device_arguments([x])
     return lambda: module.run_raw(arguments)
 
 
-def measure(schemes: list[str], shape: str, layers: int, rows: int) -> dict[str, Any]:
-    """One row of results: every scheme and onnxruntime take turns."""
+def measure(schemes: list[str], shape: str, layers: int, rows: int, target: str = "host") -> dict[str, Any]:
+    """One row of results: every scheme and every other engine take turns."""
     random = np.random.default_rng(0)
     outputs, inputs = (int(text) for text in shape.split("x"))
     weights = [(random.standard_normal((inputs, outputs)) / np.sqrt(inputs)).astype(np.float32) for _ in range(layers)]
     x = random.standard_normal((rows, inputs)).astype(np.float32)
     model = float_model(weights, rows)
-    contestants = {
-        BASELINE: in_onnxruntime(model, x),
-        PEER: in_onnxruntime(four_bit_model(weights, rows), x),
-    }
     title = f"{rows} x {shape}, {layers} layer(s)"
     with tempfile.TemporaryDirectory() as folder:
+        contestants = {BASELINE: in_onnxruntime(model, x)}
+        contestants["onnxruntime int8 dynamic"] = in_onnxruntime(dynamic_model(model, Path(folder)), x)
+        for name, (bits, block, level) in N_BITS.items():
+            contestants[name] = in_onnxruntime(n_bits_model(weights, rows, bits, block, level), x)
+        contestants |= peers.openvinos(weights, x) | peers.ggmls(weights, x)
         for scheme in schemes:
-            contestants[f"kbitc {scheme}"] = in_kbitc(model, scheme, x, Path(folder))
-        timing = harness.interleave(contestants, ROUNDS if rows == 1 else FEWER_ROUNDS, clock=time.thread_time)
+            contestants[f"kbitc {scheme}"] = in_kbitc(model, scheme, x, Path(folder), target)
+        timing = harness.interleave(contestants, rounds_of(rows), clock=clock_of(contestants))
     harness.print_table(title, timing, BASELINE)
     row: dict[str, Any] = timing.as_json(title, BASELINE, rows=rows, layers=layers)
     return row
+
+
+def rounds_of(rows: int) -> int:
+    """The more work there is, the fewer rounds."""
+    return ROUNDS if rows == 1 else FEWER_ROUNDS if rows < MANY_ROWS else FEWEST_ROUNDS
+
+
+def clock_of(contestants: dict[str, Callable[[], Any]]) -> Callable[[], float]:
+    """Processor time: of the calling thread, or of the process where OpenVINO works in a thread of its own."""
+    return time.process_time if any(name.startswith("OpenVINO") for name in contestants) else time.thread_time
 
 
 def vectors(shapes: list[str], layers: list[int], schemes: list[str] | None) -> list[dict[str, Any]]:

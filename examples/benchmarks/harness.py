@@ -29,7 +29,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).resolve().parents[2] / "README.md"
 README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
-PACKAGES = ("kbitc", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "numpy")
+PACKAGES = ("kbitc", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "numpy", "openvino", "llama-cpp-python")
 # Of the many CPU flags, those that decide which kernels run.
 FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512vbmi", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 MINIMUM_SAMPLE = 2e-3  # seconds; a faster callable is repeated until one sample takes this long

@@ -245,8 +245,7 @@ def quantize_prepared(
         trace.dump("07-quantized.onnx.txt", lambda: model_text(quantized))
     with trace.stage("reference runs"):
         held = HELD_BYTES if options.budget.max_drop is None else math.inf  # a score needs every label's sample
-        unrounded = None if prepared.carried is None else prepared.carried.limited()
-        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held, unrounded)
+        references = reference_runs(prepared.original, quantized, prepared.feeds, prepared.data, held)
     return Quantized(quantized, plan, solved.tensors, weights, references)
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.errors import InternalError
-from kbitc.graph import ops
+from kbitc.graph import edit, ops
 from kbitc.importer.files import write_model
 from kbitc.passes.interchange._export import (
     WEIGHTS_ONLY,
@@ -102,9 +102,10 @@ def _replace(model: ir.Model, name: str, tensor: QTensor) -> None:
         made = ir.node(OPERATOR, [node.inputs[0], *operands], attributes=attributes, domain=DOMAIN, name=node.name)
         old, new = node.outputs[0], made.outputs[0]
         new.name, new.shape, new.type = old.name, old.shape, old.type
-        graph.insert_before(node, made)
+        inner = edit.root_graph(node)  # the body of a loop reads weights of the graph around it
+        inner.insert_before(node, made)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        inner.remove(node, safe=True)
     del graph.initializers[name]
 
 

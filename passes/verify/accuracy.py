@@ -15,6 +15,7 @@ from kbitc.errors import AccuracyError, InternalError
 from kbitc.graph.evaluate import Session
 from kbitc.graph.functions import rounds_floats, without_rounding
 from kbitc.graph.legality import float_operators
+from kbitc.passes.carried import read_carried
 from kbitc.quant.metrics import OutputAccuracy, compare
 
 Array = npt.NDArray[Any]
@@ -85,9 +86,8 @@ class References:
 
 
 def reference_runs(
-    original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str, held: float = HELD_BYTES,
-    unrounded: ir.Model | None = None,
-) -> References:  # fmt: skip
+    original: ir.Model, quantized: ir.Model, feeds: Sequence[Feeds], data: str, held: float = HELD_BYTES
+) -> References:
     """Run the models in onnxruntime, one after the other so that only one is loaded at a time.
 
     Args:
@@ -95,7 +95,6 @@ def reference_runs(
         feeds: samples; as many of the first as give `held` bytes of outputs are run.
         data: where they come from.
         held: bytes of one model's outputs.
-        unrounded: the original without its rounding of activations, where it does some.
     """
     floats = _run_all(original, feeds, held)
     if len(floats) < len(feeds):
@@ -103,8 +102,10 @@ def reference_runs(
     runs = floats, _run_all(quantized, feeds)
     exact = not float_operators(quantized)
     if rounds_floats(quantized):
-        # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs.
-        return References(feeds, *runs, runs[0] if unrounded is None else _run_all(unrounded, feeds), data, exact)
+        # Codes that are planned cannot be left out of the graph: the noise of all quantization bounds theirs. Those
+        # of a model that is quantized already can.
+        carried = read_carried(original)
+        return References(feeds, *runs, runs[0] if carried is None else _run_all(carried.limited(), feeds), data, exact)
     plain = without_rounding(quantized)
     return References(feeds, *runs, runs[1] if plain is None else _run_all(plain, feeds), data, exact)
 

@@ -24,6 +24,7 @@ from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.carried import Carried, read_carried
 from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import account, solve_weights
+from kbitc.passes.verify import accuracy
 from kbitc.quant.plan import QuantPlan
 from kbitc.static import plan_static
 from kbitc.targets.target import parse_target
@@ -267,3 +268,11 @@ def test_static_without_ranges_still_asks_for_samples(tmp_path: Path) -> None:
     onnx.save(proto(f"g ({IMAGE}) => (float[] y) {{ y = Conv(x, w) }}", {"w": noise(6, 4, 3, 3)}), path)
     with pytest.raises(UsageError, match="needs samples"):
         kbitc.compile(path, tmp_path / "model.kbit", activations="static")
+
+
+def test_the_rounding_of_a_quantized_model_is_noise_that_its_module_may_draw_anew() -> None:
+    model = canonicalize(load_model(graph("sum", "u8")))
+    feeds = [made_up_feeds(model)]
+    measured = accuracy.measure(accuracy.reference_runs(model, model, feeds, "made up"), None)
+    assert 20 < measured.rounding["y"].sqnr_db < 50
+    assert measured.quantized["y"].sqnr_db > 100

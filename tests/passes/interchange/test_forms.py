@@ -27,6 +27,7 @@ from kbitc.passes.solvers import rtn
 from kbitc.quant.scheme import QuantScheme
 from kbitc.targets.target import parse_target
 from tests.support import planned
+from tests.support.onnx_text import noise, proto
 
 # Of two float32 sums of the same 40 products in different order: 40 eps relative to the sum of their magnitudes.
 SUM_ORDER = 40 * np.finfo(np.float32).eps
@@ -101,6 +102,25 @@ def test_widened_codes_beside_offsets_are_the_same_weights(bits: int) -> None:
 def test_forms_without_offsets_say_what_to_use(form: str) -> None:
     with pytest.raises(UnsupportedError, match="nothing would be quantized.*no offsets.*use :zp in place of :min"):
         _export(form, scheme="uint4:c:min")
+
+
+LOOP = """g (float[n, 1, 32] x) => (float[n, 1, 1, 16] y) {
+    y = LSTM<hidden_size = 16>(x, w, r)
+}"""
+
+
+def test_matmulnbits_replaces_products_inside_loops(tmp_path: Path) -> None:
+    path = tmp_path / "loop.onnx"
+    onnx.save(proto(LOOP, {"w": noise(1, 64, 32), "r": noise(1, 64, 16)}), path)
+    for form in ("onnx", "matmulnbits"):
+        chosen = options.from_arguments(form=form, scheme="int4:b16", activations="float")
+        driver.quantize_model(path, tmp_path / f"{form}.onnx", chosen)
+    made = [ir.from_proto(onnx.load(tmp_path / f"{form}.onnx")) for form in ("onnx", "matmulnbits")]
+    assert sum(node.op_type == "MatMulNBits" for node in made[1].graph.all_nodes()) == 2
+    feeds = {"x": noise(3, 1, 32)}
+    plain, other = (Session(model).run(feeds)["y"] for model in made)
+    # Three steps of sums of 32 and 16 products; gates and tanh do not enlarge their errors.
+    np.testing.assert_allclose(other, plain, rtol=0, atol=3 * 48 * SUM_ORDER)
 
 
 @pytest.mark.parametrize("bits", [2, 4])

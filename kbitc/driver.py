@@ -312,12 +312,13 @@ def make_planner(
     compared: Compared = (),
 ) -> tuple[Planner, dict[str, str]]:  # fmt: skip
     """Stage 5; also the view of every planned tensor. Weights that were slower than float when compared stay float."""
+    from kbitc.budget_planner import budget_planner
     from kbitc.kernel_times import kernel_times
     from kbitc.passes.allocate.uniform import accepted_by
     from kbitc.passes.rewrite.pipeline import rewrite
     from kbitc.passes.solve import solve_weights
     from kbitc.passes.verify.score import make_judge
-    from kbitc.planner import MEASURED_WITH, Settled, budget_planner, estimate_others
+    from kbitc.planner import MEASURED_WITH, Settled, estimate_others
     from kbitc.targets.target import fastest
 
     model, target = prepared.floats, targets[0]

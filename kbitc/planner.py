@@ -15,24 +15,20 @@ only keeps the number of attempts small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kbitc import catalog
 from kbitc.budget import Budget
 from kbitc.errors import AccuracyError, InternalError, UsageError
-from kbitc.options import CompileOptions, default_scheme
 from kbitc.passes.allocate.allocation import Allocate, Allocation, Sizes
-from kbitc.passes.allocate.choices import Problem, make_problem
-from kbitc.passes.allocate.survey import survey
-from kbitc.passes.allocate.uniform import Accepts
-from kbitc.quant.plan import QuantPlan, read_plan
+from kbitc.passes.allocate.choices import Problem
+from kbitc.quant.plan import QuantPlan
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from kbitc.kernel_times import KernelTimes
     from kbitc.passes.verify.score import Score
     from kbitc.targets.target import Target
 
@@ -198,43 +194,6 @@ def too_small(budget: Budget, least: str) -> UsageError:
     asked = f"--size-budget {budget.size}" if budget.size is not None else f"--target-bpw {budget.bpw:g}"
     return UsageError("the budget is below the smallest result", got=f"{asked}, the smallest takes {least}",
                       remedy="raise it, exclude fewer weights, or use larger blocks")  # fmt: skip
-
-
-def budget_planner(
-    model: ir.Model,
-    base: QuantPlan,
-    feeds: Sequence[Mapping[str, Any]],
-    options: CompileOptions,
-    accepts: Accepts,
-    others: Callable[[QuantPlan, int], int] | None,
-    judge: Callable[[QuantPlan], Score],
-    times: Callable[[], KernelTimes],
-) -> Planner:
-    """The planner of a budget.
-
-    Args:
-        model: canonical graph.
-        base: the plan without the budget.
-        feeds: samples to measure on.
-        options: its budget has at least one limit, its scheme is not None.
-        accepts: what the target and the form of the result can hold.
-        others: (plan, bytes of its weights as counted) -> bytes beside them, estimated; None: an attempt tells.
-        judge: scores a plan.
-        times: predicts what the kernels of the base plan take.
-    """
-    from kbitc.kernel_times import priced, within_time
-
-    pinned = () if options.plan is None else tuple(request.tensor for request in read_plan(options.plan))
-    solver = catalog.find(SOLVERS, MEASURED_WITH, "solver")
-    scheme = options.scheme or default_scheme()
-    problem = make_problem(model, survey(model), base, pinned, scheme, options.activation, accepts, feeds, solver.solve)
-    budget, predicted = options.budget, times()
-    if budget.microseconds is not None:
-        return within_time(problem, budget, predicted, base, judge)
-    problem = priced(problem, predicted)
-    if budget.size is None and budget.bpw is None:
-        return smallest_within(problem, budget, judge)
-    return Fitting(problem, budget, others or (lambda plan, counted: 0), judge if budget.max_drop is not None else None)
 
 
 def smallest_within(problem: Problem, budget: Budget, judge: Callable[[QuantPlan], Score]) -> Settled:

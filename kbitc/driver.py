@@ -150,7 +150,7 @@ def compile_plan(
     from kbitc.passes.verify import accuracy
     from kbitc.targets.build import build_all
     from kbitc.targets.costs import sizes_of, with_predictions
-    from kbitc.targets.target import bundle_name
+    from kbitc.targets.target import bundle_name, fastest
 
     with trace.stage("lower and build"):
         every = build_all(made.model, targets, debug_accumulators=options.debug_accumulators, dump=trace.dump)
@@ -164,7 +164,7 @@ def compile_plan(
             measured = accuracy.measure(made.references, module)
             accuracy.check_lowering(measured)
     trace.dump("08-accuracy.json", lambda: json.dumps(measured.as_json(), indent=1) + "\n")
-    layers = with_predictions(built.layers, built.target.name, sizes_of(built.inputs, made.references.feeds[0]))
+    layers = with_predictions(built.layers, fastest(targets).name, sizes_of(built.inputs, made.references.feeds[0]))
     report = Report(
         output, bundle_name(targets), options.scheme_text, with_packed_sizes(made.weights, built.weights),
         measured.as_json(), layers, staging.sizes, trace.seconds, planner.summary(), built.calls,

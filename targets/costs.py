@@ -136,8 +136,19 @@ def predicted(facts: Mapping[str, Any], target: str, sizes: Mapping[str, int] | 
 def with_predictions(
     layers: Sequence[Mapping[str, Any]], target: str, sizes: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """The layers of a report with the microseconds that the cost model predicts, and the sizes that it takes."""
-    return [{**layer, "predicted_microseconds": _rounded(predicted(layer, target, sizes))} for layer in layers]
+    """The layers of a report with the microseconds that the cost model predicts, and from what it does.
+
+    Args:
+        layers: of report.json.
+        target: text form of the target.
+        sizes: of symbolic dims.
+    """
+    costs = read_costs().get(target)
+    source = "" if costs is None else f"{target}, {costs.machine}"
+    return [
+        {**layer, "predicted_microseconds": _rounded(predicted(layer, target, sizes)), "predicted_from": source}
+        for layer in layers
+    ]
 
 
 def _rounded(microseconds: float | None) -> float | None:

@@ -373,22 +373,37 @@ class _Task:
         self.product.end(part)
 
     def _tap(self, part: TilePart, tap: Expr) -> None:
-        made = self.product.reduction
+        """All spans. The dot products of a span come before the fold of the one before it, which needs no tiles."""
+        made, last = self.product.reduction, self.product.reduction.last
         windows = made.span // made.width
 
-        def whole(block: Expr) -> None:
-            self._span(part, tap, Span(block, v.bind(block * made.span), windows))
+        def sums(block: Expr) -> None:
+            self._sums(part, tap, Span(block, v.bind(block * made.span), windows))
 
-        v.loop(made.whole, whole)
-        if made.last is not None:
-            self._span(part, tap, made.last)
+        def after(block: Expr) -> None:
+            sums(v.bind(block + 1))
+            self.product.fold(part, tap, block)
+            self._store(part)
 
-    def _span(self, part: TilePart, tap: Expr, span: Span) -> None:
-        """One exact sum: in tiles, then in the scratch buffer, then folded."""
-        made, folds = self.product.reduction, not self.product.one_sum
-        for half, i in part.pairs if folds else ():
+        if self.product.one_sum and last is not None:
+            self._sums(part, tap, last)
+            return
+        if made.whole:
+            sums(v.i64(0))
+            self._store(part)
+            v.loop(made.whole - 1, after)
+        if last is not None:
+            self._sums(part, tap, last)
+            if made.whole:
+                self.product.fold(part, tap, v.i64(made.whole - 1))
+            self._store(part)
+        self.product.fold(part, tap, v.i64(made.whole - 1) if last is None else last.block)
+
+    def _sums(self, part: TilePart, tap: Expr, span: Span) -> None:
+        """One exact sum in tiles."""
+        made, lines = self.product.reduction, self.product.lines
+        for half, i in () if self.product.one_sum else part.pairs:
             tiles.zero(2 * half + i)
-        lines = self.product.lines
         offset = v.bind(lines.tap_offset(tap))
         lefts = [v.bind((start + offset) * lines.pixel) for start in part.starts]
         zero = tirx.Cast("int64", self.scratch[v.i64(ZERO)])
@@ -401,9 +416,6 @@ class _Task:
         v.loop(span.windows, window)
         if span.tail >= 0:
             self._dots(part, lefts, v.i64(span.tail), v.bind(panel + made.decoded_rows * VECTOR_BYTES))
-        if folds:
-            self._store(part)
-            self.product.fold(part, tap, span.block)
 
     def _store(self, part: TilePart) -> None:
         """The sums to the scratch buffer."""

@@ -15,7 +15,7 @@ from kbitc.quant.levels import WHOLE_BYTES
 from kbitc.quant.packing import LANES, STEPS, UNIT, VECTOR_BYTES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, signed_levels, unit_codes
-from kbitc.targets.kernels.tiled import Lines, Reduction, Tiled, TilePart, lines_of, times
+from kbitc.targets.kernels.tiled import Lines, Reduction, Tiled, TilePart, lines_of
 from kbitc.targets.x86.intrin import tiles
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class ITiled(Tiled):
         self.reduction, self.lines = reduction(spec), lines
         self.activations, self.one_sum = args.x, True
         self.left_signed, self.right_signed = False, True
+        whole = spec.bits == WHOLE_BYTES and not spec.block
+        if whole and self.reduction.panel_rows == self.reduction.decoded_rows:
+            self.ready = args.packed
 
     def prepare(self) -> None:
         """See `Tiled.prepare`."""
@@ -130,3 +133,13 @@ class ITiled(Tiled):
             tirx.truncdiv(count, v.i64(FINISHED_ROWS)))  # fmt: skip
         v.loop(whole, lambda i: rows(v.bind(i * FINISHED_ROWS), FINISHED_ROWS))
         v.loop(count - whole * FINISHED_ROWS, lambda i: rows(v.bind(whole * FINISHED_ROWS + i), 1))
+
+
+def times(levels: Expr, factors: Expr) -> Expr:
+    """Bytes by factors, modulo 256: uint8 [64] and int32 [16], a factor for each four bytes."""
+    words, lanes = v.bind(v.reinterpret(levels, "uint16", 2 * LANES)), 2 * LANES
+    low = v.reinterpret(factors, "uint32", LANES) & v.full(0xFFFF, "uint32", LANES)
+    pairs = v.bind(v.reinterpret(v.bind(v.bind(low) * v.full(0x10001, "uint32", LANES)), "uint16", lanes))
+    low = v.bind(words * pairs) & v.full(0xFF, "uint16", lanes)
+    high = v.bind(words & v.full(0xFF00, "uint16", lanes)) * pairs
+    return v.reinterpret(v.bind(low | high), "uint8", VECTOR_BYTES)

@@ -19,7 +19,7 @@ from kbitc.targets.kernels.isa import Isa, level_bytes, signed_levels, stored_bi
 from kbitc.targets.kernels.packed import WeightSpec
 from kbitc.targets.kernels.qfold import Arguments, Fold, Place
 from kbitc.targets.kernels.rows import ConvRows, MatmulRows
-from kbitc.targets.kernels.tiled import Lines, Reduction, Tiled, TilePart, lines_of, minus, times
+from kbitc.targets.kernels.tiled import Lines, Reduction, Tiled, TilePart, lines_of
 
 if TYPE_CHECKING:
     from kbitc.targets.kernels.qgemm import QgemmSpec
@@ -48,9 +48,9 @@ def reduction(spec: QgemmSpec) -> Reduction:
 
 
 def folds_factors(spec: QgemmSpec) -> bool:
-    """Whether level times integer block scale fits int8, less the zero point; the sums of blocks must not be asked for.
+    """Whether (level - zero point) times integer block scale is made in the panel: it fits int8, by the format.
 
-    A block scale is at most `QuantScheme.largest_scale_code`: levels times it fit without a zero point.
+    The sums of blocks are lost, so they must not be asked for.
     """
     return spec.factors and not spec.accumulators and largest_product(spec) <= LARGEST_PRODUCT
 
@@ -78,7 +78,10 @@ class QTiled(Tiled):
         self.isa = isa
         self.args = args
         self.folds = folds_factors(spec)
-        self.feed, self.plus = signed_levels(spec.data_type.levels, spec.origin)
+        # Before factors levels are counted from the lowest: unsigned, so that a product of two bytes at once carries
+        # nothing. What is counted too much goes off after it.
+        self.lowest = min(0, *spec.data_type.levels)
+        self.feed, self.plus = signed_levels(spec.data_type.levels, self.lowest if self.folds else spec.origin)
         self.table: list[Expr] | None = None
         self.fold_rows = Fold(spec, isa, args, stored_bias(spec.data_type))
         self.rows, self.output_tiles, self.taps = rows.count, spec.output_tiles, spec.taps
@@ -105,22 +108,27 @@ class QTiled(Tiled):
                 levels = levels + v.full(self.plus % 256, "uint8", VECTOR_BYTES)
             levels = v.bind(levels)
             if self.folds:
-                factors, zeros = numbers
-                levels = v.bind(times(levels if zeros is None else v.bind(minus(levels, zeros)), factors))
+                levels = v.bind(v.bind(times(levels, numbers[0])) - numbers[1])
             made.append(levels)
         return made
 
-    def _block_numbers(self, tile: Expr, tap: Expr, unit: Expr, half: int) -> tuple[Expr, Expr | None]:
-        """Factors, and zero points as bytes of levels, of half a unit: int32 vectors. The last block also pads."""
+    def _block_numbers(self, tile: Expr, tap: Expr, unit: Expr, half: int) -> tuple[Expr, Expr]:
+        """Factors of half a unit as uint16 [32], and factor times what levels are counted too much as uint8 [64].
+
+        The last block also pads.
+        """
         spec, weight = self.spec, self.args.weight
         start = unit * UNIT + half * (UNIT // 2)
         block = v.bind(tirx.min(tirx.truncdiv(start, v.i64(spec.block)), v.i64(spec.blocks - 1)))
-        factors = v.bind(v.cast(v.load(weight.factors, [tile, tap, block, 0], LANES), "int32", LANES))
+        factors = v.bind(v.cast(v.load(weight.factors, [tile, tap, block, 0], LANES), "uint32", LANES))
         if weight.zeros is None:
-            return factors, None
-        stored = v.cast(v.load(weight.zeros, [tile, tap, block, 0], LANES), "int32", LANES)
-        level = stored - v.full(stored_bias(spec.data_type), "int32", LANES)
-        return factors, v.bind(level & v.full(0xFF, "int32", LANES))
+            above = v.full(-self.lowest, "uint32", LANES)
+        else:
+            stored = v.cast(v.load(weight.zeros, [tile, tap, block, 0], LANES), "uint32", LANES)
+            above = v.bind(stored - v.full(stored_bias(spec.data_type) + self.lowest, "uint32", LANES))
+        less = _repeated(_repeated(v.bind(factors * above), 8), 16)
+        pairs = v.reinterpret(_repeated(factors, 16), "uint16", 2 * LANES)
+        return v.bind(pairs), v.bind(v.reinterpret(less, "uint8", VECTOR_BYTES))
 
     def begin(self, part: TilePart) -> None:
         """Sums of 0.0, totals of 0: their bits are the same."""
@@ -182,3 +190,14 @@ class QTiled(Tiled):
                 part.keep(r, i, v.bind(v.get(buffer, LANES)))
 
         part.each_row(row)
+
+
+def _repeated(word: Expr, bits: int) -> Expr:
+    """The low bits of every lane again above them."""
+    return v.bind(word | tirx.shift_left(word, v.full(bits, "uint32", LANES)))
+
+
+def times(levels: Expr, factors: Expr) -> Expr:
+    """Bytes by factors, two at once: uint8 [64] and uint16 [32]; no product may exceed a byte."""
+    words = v.reinterpret(levels, "uint16", 2 * LANES) * factors
+    return v.reinterpret(v.bind(words), "uint8", VECTOR_BYTES)

@@ -169,6 +169,7 @@ class Tiled(ABC):
         lines: where rows lie.
         activations: buffer of bytes with the rows.
         one_sum: the sums of all taps are one; otherwise those of a span are folded.
+        ready: packed levels [tiles, T, Cp/32, 8, 64] that are level bytes already, and so a panel without tail rows.
         left_signed, right_signed: how the bytes of rows and of levels are read.
     """
 
@@ -181,6 +182,7 @@ class Tiled(ABC):
     one_sum: bool
     left_signed: bool
     right_signed: bool
+    ready: Buffer | None = None
 
     @abstractmethod
     def decode(self, tile: Expr, tap: Expr, unit: Expr) -> list[Expr]:
@@ -212,8 +214,10 @@ class Tiled(ABC):
             group, start = (0, 0) if groups == 1 and runs == 1 else (tirx.truncdiv(task, v.i64(runs)),
                                                                     tirx.truncmod(task, v.i64(runs)) * run)  # fmt: skip
             first, row = v.bind(v.i64(group * GROUP_TILES)), v.bind(v.i64(start))
-            panel = builder.alloc_buffer((GROUP_TILES * self.taps * self.reduction.panel_rows * VECTOR_BYTES,), "uint8",
-                                         scope="local")  # fmt: skip
+            panel = self.ready
+            if panel is None:
+                size = GROUP_TILES * self.taps * self.reduction.panel_rows * VECTOR_BYTES
+                panel = builder.alloc_buffer((size,), "uint8", scope="local")
             scratch = builder.alloc_buffer((2 * SUMS + LANES,), "int32", scope="local")
             count = min(rows, run) if isinstance(rows, int) and rows <= run else v.bind(
                 tirx.min(v.i64(rows) - row, v.i64(run)))  # fmt: skip
@@ -294,8 +298,9 @@ class _Task:
     def emit(self, count: int) -> None:
         """Decode the panel of `count` tiles, then all rows, 32 at a time."""
         v.store(self.scratch, [ZERO], tirx.const(0, "int32"), 1)
-        self.product.prepare()
-        v.loop(self.product.taps, lambda tap: v.loop(count, lambda i: self._decode(tap, i, count)))
+        if self.product.ready is None:
+            self.product.prepare()
+            v.loop(self.product.taps, lambda tap: v.loop(count, lambda i: self._decode(tap, i, count)))
         rows = self.count
         high = self.product.lines.high
         if isinstance(rows, int):
@@ -338,7 +343,15 @@ class _Task:
 
     def _panel_row(self, tap: Expr, i: Expr, count: int) -> Expr:
         """Number of the first vector of a tile's panel."""
-        return (tap * count + i) * self.product.reduction.panel_rows
+        if self.product.ready is None:
+            return (tap * count + i) * self._pitch
+        return (self.first + i) * self._pitch + tap * self.product.reduction.panel_rows
+
+    @property
+    def _pitch(self) -> int:
+        """Vectors from the panel of a tile to that of the next."""
+        product = self.product
+        return product.reduction.panel_rows * (1 if product.ready is None else product.taps)
 
     def _decode(self, tap: Expr, i: Expr, count: int) -> None:
         """The panel of one tile and tap."""
@@ -429,7 +442,7 @@ class _Task:
         for half, left in enumerate(lefts):
             tiles.load(LEFT + half, tiles.address(product.activations, left + channel), lines.step * lines.pixel)
         for i in range(part.tiles):
-            place = levels + i * (product.reduction.panel_rows * VECTOR_BYTES)
+            place = levels + i * (self._pitch * VECTOR_BYTES)
             tiles.load(RIGHT + i, tiles.address(self.panel, place), VECTOR_BYTES)
         for half, i in part.pairs:
             tdpb.emit(2 * half + i, LEFT + half, RIGHT + i,
@@ -439,19 +452,3 @@ class _Task:
 def _known(condition: Any) -> Any:
     """A condition of ints as a Python bool."""
     return bool(condition) if isinstance(condition, int) else condition
-
-
-def times(levels: Expr, factors: Expr) -> Expr:
-    """Bytes by factors, modulo 256: uint8 [64] and int32 [16], a factor for each four bytes."""
-    words, lanes = v.bind(v.reinterpret(levels, "uint16", 2 * LANES)), 2 * LANES
-    low = v.reinterpret(factors, "uint32", LANES) & v.full(0xFFFF, "uint32", LANES)
-    pairs = v.bind(v.reinterpret(v.bind(v.bind(low) * v.full(0x10001, "uint32", LANES)), "uint16", lanes))
-    low = v.bind(words * pairs) & v.full(0xFF, "uint16", lanes)
-    high = v.bind(words & v.full(0xFF00, "uint16", lanes)) * pairs
-    return v.reinterpret(v.bind(low | high), "uint8", VECTOR_BYTES)
-
-
-def minus(levels: Expr, zeros: Expr) -> Expr:
-    """Bytes less a number for each four of them, modulo 256: uint8 [64] and int32 [16]."""
-    low = v.bind(v.reinterpret(zeros, "uint32", LANES) & v.full(0xFF, "uint32", LANES))
-    return levels - v.bind(v.reinterpret(v.bind(low * v.full(0x01010101, "uint32", LANES)), "uint8", VECTOR_BYTES))

@@ -315,6 +315,7 @@ def remove_dead(model: ir.Model) -> bool:
     for graph in model.graphs():
         for node in reversed(list(graph)):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
+                _release(node)
                 graph.remove(node, safe=True)
                 modified = True
     for graph in model.graphs():
@@ -323,6 +324,13 @@ def remove_dead(model: ir.Model) -> bool:
                 del graph.initializers[name]
                 modified = True
     return modified
+
+
+def _release(node: ir.Node) -> None:
+    """Take the inputs from the nodes of a dead node's inner graphs, whose uses would keep outer values alive."""
+    for inner in list(_inner_nodes(node)):
+        for index in range(len(inner.inputs)):
+            inner.replace_input_with(index, None)
 
 
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -335,10 +343,15 @@ def holders(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     found: dict[ir.Node, ir.Node] = {}
     for node in graph:
         found[node] = node
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
-                found.update(dict.fromkeys(attribute.as_graph().all_nodes(), node))
+        found.update(dict.fromkeys(_inner_nodes(node), node))
     return found
+
+
+def _inner_nodes(node: ir.Node) -> Iterator[ir.Node]:
+    """The nodes of the graphs inside a node."""
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield from attribute.as_graph().all_nodes()
 
 
 def name_nodes(model: ir.Model) -> bool:

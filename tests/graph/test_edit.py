@@ -51,6 +51,26 @@ def test_names_are_made_unique() -> None:
     assert len(set(names)) == 2
 
 
+def test_what_only_a_dead_inner_graph_reads_goes_with_it() -> None:
+    """Its initializers and the nodes that feed it: onnxruntime refuses a model with weights that nothing reads."""
+    weight = np.ones((64, 512), np.float32)
+    subject = model(
+        """g (float[64] x, bool c) => (float[64] y) {
+          before = Neg(x)
+          dead = If(c) <
+            then_branch = then_graph () => (float[512] t) { t = MatMul(before, w) },
+            else_branch = else_graph () => (float[512] e) { e = MatMul(x, w) }
+          >
+          y = Abs(x)
+        }""",
+        {"w": weight},
+    )
+    assert edit.remove_dead(subject)
+    assert nodes(subject) == ["Abs"] and not subject.graph.initializers
+    assert Session(subject).run({"x": weight[:, 0], "c": np.array(True)})["y"].shape == (64,)
+    assert not edit.remove_dead(subject)
+
+
 def test_constants() -> None:
     subject = model("g (float[2] x) => (float[] y) { y = Add(x, w) }", {"w": np.float32([3])})
     add = next(iter(subject.graph))

@@ -24,6 +24,7 @@ BITS = range(1, 9)
 # A scale of 16 bits for every 32 weights.
 SCALE_BITS = 0.5
 OURS = re.compile(r"kbitc int(\d):b32")
+THEIRS = re.compile(r"(\d) bits|int(\d)|q(\d)_")
 Content = Mapping[str, Any]
 
 
@@ -50,8 +51,8 @@ def _time_over_bits(axes: Axes, row: Content, reads: Mapping[str, float]) -> Non
     for name, value in per_layer.items():
         if name.startswith("kbitc") and not OURS.fullmatch(name):
             axes.plot(4, value, "x", label=name)
-        elif "MatMulNBits" in name:
-            axes.plot(4, value, "s", label=name)
+    for marker, (peer, times) in zip("s^vD", _peers(per_layer).items(), strict=False):
+        axes.plot(list(times), list(times.values()), marker, label=f"{peer}, its fastest")
     if level in reads:
         least = [4096 * 4096 * (k + SCALE_BITS) / 8 / (reads[level] * 1e3) for k in BITS]
         axes.plot(BITS, least, "k--", linewidth=1, label=f"bytes at {reads[level]:.0f} GB/s ({level})")
@@ -59,16 +60,38 @@ def _time_over_bits(axes: Axes, row: Content, reads: Mapping[str, float]) -> Non
     _finish(axes, "bits of a weight", "µs")
 
 
+def _peers(times: Mapping[str, float]) -> dict[str, dict[int, float]]:
+    """The least time of every other engine by the bits of its weights."""
+    found: dict[str, dict[int, float]] = {}
+    for name, value in times.items():
+        bits = THEIRS.search(name)
+        if bits is None or name.startswith("kbitc"):
+            continue
+        own = found.setdefault(name.split()[0], {})
+        width = int(next(group for group in bits.groups() if group))
+        own[width] = min(value, own.get(width, value))
+    return found
+
+
 def gemm(content: Content) -> Figure:
-    """Share of the probed integer peak."""
+    """Share of the probed integer peak: of kbitc, and of the fastest of each other engine."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = content["rows"]
     peak = content["limits"]["integer_gop_per_s"]
-    for name in rows[0]["milliseconds"]:
-        shares = [2 * row["rows"] * 4096**2 / (row["milliseconds"][name] * 1e6) / peak for row in rows]
-        if name != rows[0]["against"]:
-            axes.plot([row["rows"] for row in rows], shares, "o-", label=name)
+    columns: list[dict[str, float]] = []
+    for row in rows:
+        least: dict[str, float] = {}
+        for name, value in row["milliseconds"].items():
+            if name != row["against"]:
+                label = name if name.startswith("kbitc") else f"{name.split()[0]}, its fastest"
+                least[label] = min(value, least.get(label, value))
+        columns.append(least)
+    for name in columns[0]:
+        shares = [
+            2 * row["rows"] * 4096**2 / (least[name] * 1e6) / peak for row, least in zip(rows, columns, strict=True)
+        ]
+        axes.plot([row["rows"] for row in rows], shares, "o-" if name.startswith("kbitc") else "s--", label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([row["rows"] for row in rows], [str(row["rows"]) for row in rows])
     axes.set_title(f"4096 x 4096: share of {peak:.0f} Gop/s (int8)", fontsize=9)

@@ -20,8 +20,8 @@ from kbitc.targets.kernels.isa import Feed, Isa
 CHAINS = 8
 # The operands of the multiply-adds, in bytes: they stay in the first-level cache.
 OPERAND_BYTES = 8192
-# The widest levels that every instruction set multiplies as they are.
-SEVEN_BITS = Feed(bias=0, ends=(0, 127))
+# Levels that every instruction set multiplies as they are, and some sum in 16 bits.
+FOUR_BITS = Feed(bias=0, ends=(0, 15))
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,25 @@ def make_float_peak(registers: Registers, rounds: int, tasks: int, name: str) ->
 
 
 def make_integer_peak(isa: Isa, rounds: int, tasks: int, name: str) -> Probe:
-    """Integer dot products of x uint8 [n] into out int32 [tasks, sums * lanes]."""
+    """Integer dot products of x uint8 [n] into out int32 [tasks, sums * lanes], or int16 of twice as many lanes."""
 
     def words(x: Any) -> list[Any]:
         fours = [v.load(x, [GROUP * r], GROUP) for r in range(_rows(isa.registers))]
         return [isa.broadcast(v.bind(v.reinterpret(four, "int32", 1))) for four in fours]
 
     def levels(x: Any, at: Any) -> Any:
-        return isa.split(v.bind(v.load(x, [at], isa.bytes)), SEVEN_BITS)
+        return isa.split(v.bind(v.load(x, [at], isa.bytes)), FOUR_BITS)
 
-    # An instruction set that splits levels in two (AVX2) holds two registers of every operand.
-    work = _Work(rounds, tasks, isa.lanes, isa.bytes, "uint8", "int32", isa.registers, 1 if isa.lanes > 8 else 2)
-    return work.kernel(name, words, levels, isa.dot, 2 * GROUP * isa.lanes)
+    narrow = bool(isa.chain(FOUR_BITS))
+
+    def add(sums: Any, levels: Any, activations: Any) -> Any:
+        return isa.narrow(sums, levels, activations, FOUR_BITS) if narrow else isa.dot(sums, levels, activations)
+
+    lanes, dtype = (2 * isa.lanes, "int16") if narrow else (isa.lanes, "int32")
+    # The portable set holds several registers of every operand.
+    held = 1 if narrow or isa.lanes > 8 else 2
+    work = _Work(rounds, tasks, lanes, isa.bytes, "uint8", dtype, isa.registers, held)
+    return work.kernel(name, words, levels, add, 2 * GROUP * isa.lanes)
 
 
 def _rows(registers: int) -> int:

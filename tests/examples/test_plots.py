@@ -39,3 +39,19 @@ def test_a_picture_for_each_results_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(first) == 2
     assert [path.name for path in sorted(tmp_path.glob("*.svg"))] == ["gemm.svg", "gemv.svg"]
     assert [path.read_text(encoding="utf-8") for path in plots.draw()] == first
+
+
+def test_other_engines_are_drawn_at_the_bits_of_their_weights_by_their_fastest() -> None:
+    times = {
+        "onnxruntime fp32": 9.0,
+        "onnxruntime MatMulNBits 4 bits": 3.0,
+        "onnxruntime MatMulNBits 4 bits, block 128": 2.0,
+        "onnxruntime MatMulNBits 2 bits, block 128": 1.0,
+        "OpenVINO fp32, hint f32": 8.0,
+        "OpenVINO int8, default": 4.0,
+        "ggml q4_0": 2.5,
+        "ggml q4_0 CPU_REPACK": 1.5,
+        "kbitc int4:b32": 0.5,
+    }
+    wanted = {"onnxruntime": {4: 2.0, 2: 1.0}, "OpenVINO": {8: 4.0}, "ggml": {4: 1.5}}
+    assert plots._peers(times) == wanted

@@ -39,8 +39,8 @@ def compile(
             act_bits: bits of a static activation, 4 to 8 (default 8).
             integer_only: static, with no float operator between input and output; refused where one would be left.
             observer: what gives the ranges of static activations: a file of passes/observers.
-            target: host, x86 (every variant in one bundle), x86:avx2, x86:avx512vnni, x86:avx512vbmi, x86:amx,
-                arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
+            target: host, x86 (every variant in one bundle), x86:avx2, x86:avxvnni, x86:avx512vnni, x86:avx512vbmi,
+                x86:amx, arm-neon[:dotprod,i8mm], cuda[:sm_80|sm_90] or reference.
             shapes: texts such as "x=1x3x224x224"; a letter or ? keeps a dimension symbolic.
             constants: texts such as "sr=16000"; the input leaves the signature and has this value.
             exclude: node or tensor names, globs, or type:Op, whose weights stay float.

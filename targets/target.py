@@ -20,7 +20,7 @@ from kbitc.targets import machine
 from kbitc.targets.tuning import Schedule, Tuning
 
 FOLDERS = {"x86": "x86", "arm-neon": "neon", "cuda": "cuda", "reference": "reference"}
-SYNTAX = "host|x86[:avx2|avx512vnni|avx512vbmi|amx]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
+SYNTAX = "host|x86[:avx2|avxvnni|avx512vnni|avx512vbmi|amx]|arm-neon[:dotprod,i8mm]|cuda[:sm_80|sm_90]|reference"
 WEIGHT_OPERATORS = ("MatMul", "Gemm", "Conv", "Gather")
 ACTIVATIONS = {"float": "float32", "float32": "float32", "dynamic": "int8", "int8": "int8", "uint8": "uint8"}
 BLOCK_STEP = 16

@@ -104,6 +104,16 @@ class Vnni(ByteDot):
         return vpdpbusd.emit(sums, codes[0], levels[0], self.lanes)
 
 
+class YmmVnni(Vnni):
+    """AVX-VNNI: the 16 registers of processors without AVX-512."""
+
+    registers = 16
+    ahead = 4
+
+    def __init__(self, lanes: int = vpdpbusd.YMM_LANES) -> None:
+        super().__init__(lanes)
+
+
 class Maddwd(ByteDot):
     """AVX2: two vpmaddwd of the even and the odd bytes, which cannot saturate."""
 
@@ -165,12 +175,18 @@ def narrower(dot: ByteDot, channels: int) -> ByteDot:
     """The same instruction on the smallest registers that hold so many bytes, where it has smaller ones."""
     if not isinstance(dot, Vnni):
         return dot
-    return Vnni(next(lanes for lanes in (4, 8, vpdpbusd.LANES) if lanes * GROUP >= min(channels, dot.bytes)))
+    return type(dot)(next(lanes for lanes in (4, 8, vpdpbusd.LANES) if lanes * GROUP >= min(channels, dot.bytes)))
 
 
 def byte_dot(dot: str) -> ByteDot:
     """The dot product of a target by its dot instruction (`Target.dot`)."""
-    sets: dict[str, type[ByteDot]] = {"vpdpbusd": Vnni, "vpmaddwd": Maddwd, "sdot": Sdot, "": ByteDot}
+    sets: dict[str, type[ByteDot]] = {
+        "vpdpbusd": Vnni,
+        "vpdpbusd_ymm": YmmVnni,
+        "vpmaddwd": Maddwd,
+        "sdot": Sdot,
+        "": ByteDot,
+    }
     return sets[dot]()
 
 

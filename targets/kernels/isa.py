@@ -280,10 +280,17 @@ def _isa_of(target: Target) -> Isa:
     from kbitc.targets.x86.intrin.avx2 import Avx2
     from kbitc.targets.x86.intrin.avx512vbmi import Avx512Vbmi
     from kbitc.targets.x86.intrin.avx512vnni import Avx512Vnni
+    from kbitc.targets.x86.intrin.avxvnni import AvxVnni
 
     if target.has("avx512vbmi"):
         return Amx() if target.has("amx") else Avx512Vbmi()
-    sets: dict[str, type[Isa]] = {"vpdpbusd": Avx512Vnni, "vpmaddwd": Avx2, "sdot": Dotprod, "": Portable}
+    sets: dict[str, type[Isa]] = {
+        "vpdpbusd": Avx512Vnni,
+        "vpdpbusd_ymm": AvxVnni,
+        "vpmaddwd": Avx2,
+        "sdot": Dotprod,
+        "": Portable,
+    }
     return sets[target.dot]()
 
 

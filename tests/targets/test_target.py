@@ -70,7 +70,7 @@ def test_other_spellings(text: str, name: str) -> None:
         ("x86:avx512", "x86:avx512vnni"),
         ("reference:fast", "write reference alone"),
         ("host:avx2", "did you mean host?"),
-        ("x86:", "known: x86:avx2, x86:avx512vnni, x86:avx512vbmi, x86:amx"),
+        ("x86:", "known: x86:avx2, x86:avxvnni, x86:avx512vnni, x86:avx512vbmi, x86:amx"),
         ("", "known: host"),
     ],
 )
@@ -89,6 +89,8 @@ def test_unknown_targets_name_the_nearest(text: str, hint: str) -> None:
         ("x86_64", WIDE | VNNI | {"avx512vbmi"}, "x86:avx512vbmi"),
         ("x86_64", WIDE | VNNI, "x86:avx512vnni"),
         ("x86_64", WIDE | VNNI - {"avx512_vnni"}, "x86:avx2"),
+        ("x86_64", WIDE | {"avx_vnni"}, "x86:avxvnni"),
+        ("x86_64", WIDE | VNNI | {"avx_vnni"}, "x86:avx512vnni"),
         ("x86_64", frozenset({"sse2"}), "reference"),
         ("aarch64", frozenset("asimd asimddp asimdhp asimdrdm atomics crc32 fphp".split()), "arm-neon:dotprod"),
         (
@@ -175,9 +177,11 @@ def test_features_whose_registers_are_not_saved_cannot_be_used(inactive: tuple[i
 def test_plain_x86_is_every_variant() -> None:
     """The first runs wherever another does: a bundle is chosen by going from the last to the first."""
     every = targets.parse_targets("x86")
-    assert [item.name for item in every] == ["x86:avx2", "x86:avx512vnni", "x86:avx512vbmi", "x86:amx"]
-    for narrow, wide in zip(every, every[1:], strict=False):
+    names = [item.name.removeprefix("x86:") for item in every]
+    assert names == ["avx2", "avxvnni", "avx512vnni", "avx512vbmi", "amx"]
+    for narrow, wide in zip(every[2:], every[3:], strict=False):
         assert set(narrow.cpu_features) < set(wide.cpu_features)
+    assert all(set(every[0].cpu_features) < set(other.cpu_features) for other in every[1:])
     assert targets.bundle_name(every) == "x86"
 
 

@@ -123,7 +123,7 @@ class PackedEmbedding:
 
 
 INTEGER_PRODUCT = IntegerProduct(
-    ("vpdpbusd", "vpmaddwd", "sdot"),
+    ("vpdpbusd", "vpdpbusd_ymm", "vpmaddwd", "sdot"),
     make_dynamic_quantize,
     lambda spec, target, name: make_qgemm(spec, isa_of(target), name),
     factors=True,

@@ -37,4 +37,4 @@ class Avx512Vnni(Isa):
 
     def dot(self, sums: Expr, levels: tuple[Expr, ...], activations: tuple[Expr, ...]) -> Expr:
         """See `Isa.dot`."""
-        return vpdpbusd.emit(sums, levels[0], activations[0])
+        return vpdpbusd.emit(sums, levels[0], activations[0], self.lanes)

@@ -1,4 +1,4 @@
-"""vpdpbusd (AVX512-VNNI): four products of unsigned by signed bytes, summed into each int32 lane of zmm, ymm or xmm."""
+"""vpdpbusd (AVX512-VNNI, AVX-VNNI): four products of unsigned by signed bytes, summed into each int32 lane."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kbitc.targets.kernels import vector as v
 
 Expr = Any
 LANES = 16
+YMM_LANES = 8
 
 
 def emit(sums: Expr, unsigned: Expr, signed: Expr, lanes: int = LANES) -> Expr:

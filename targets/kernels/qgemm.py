@@ -33,6 +33,7 @@ from tvm import tirx
 from kbitc.quant.packing import GROUP, STEPS, UNIT, per_vector
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.ahead import ahead_of
+from kbitc.targets.kernels.byte_dot import signed_word
 from kbitc.targets.kernels.isa import Feed, Isa, level_bytes, stored_bias, unit_codes
 from kbitc.targets.kernels.packed import WeightSpec, declare_bias, declare_weight
 from kbitc.targets.kernels.qfold import Arguments, Fold, Place
@@ -331,9 +332,9 @@ class _Block:
         total = self.g.args.sums[self.source[row], block]
         if not self.narrow:
             return v.bind(v.splat(total * tirx.const(-excess, "int32"), lanes))
-        low, high = (total * tirx.const(-half, "int32") for half in halves(excess))
-        word = tirx.shift_left(high, tirx.const(16, "int32")) | (low & tirx.const(0xFFFF, "int32"))
-        return v.bind(v.reinterpret(v.splat(word, lanes), "int16", 2 * lanes))
+        low, high = (-half & 0xFFFF for half in halves(excess))
+        both = v.reinterpret(v.full(signed_word(high << 16 | low), "int32", lanes), "int16", 2 * lanes)
+        return v.bind(v.splat(tirx.Cast("int16", total), 2 * lanes) * both)
 
     def _unit(self, acc: Sums, unit: Expr, first: int, end: int) -> Sums:
         """Steps first .. end - 1 of one unit."""

@@ -21,6 +21,9 @@ from kbitc.targets.lower.values import Tensor
 from kbitc.targets.tuning import FLOAT_BITS, scheduled
 
 FloatArray = npt.NDArray[np.float32]
+#: Rules whose loops may run no times. Tiles of nothing are not worth a thought in the others.
+PLAIN = ("reference", "plain_integers")
+EMPTY = "it has no rows or no results"
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,15 @@ def offer(ctx: Context, node: ir.Node, contraction: Contraction, inputs: Sequenc
         inputs: relax variables in the order that the kind says.
 
     Raises:
-        UnsupportedError: when no rule takes it.
+        UnsupportedError: when no rule takes it, or there is nothing to add up.
     """
     declined: list[dict[str, str]] = []
+    weight = contraction.weight
+    if weight is not None and 0 in weight.shape[1:]:
+        raise refuse(node, "a sum of no products cannot be lowered", got=f"a weight of shape {list(weight.shape)}")
+    empty = 0 in contraction.x_shape or 0 in contraction.out_shape
     for rule in ctx.target.contraction_rules():
-        reason = rule.match(contraction, ctx.target)
+        reason = EMPTY if empty and rule.name not in PLAIN else rule.match(contraction, ctx.target)
         if reason is not None:
             declined.append({"rule": rule.name, "reason": reason})
             continue

@@ -1,0 +1,27 @@
+"""Products of nothing: no rows are computed by plain loops, no terms are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kbitc
+from kbitc.errors import UnsupportedError
+from tests.support.onnx_text import noise, proto
+
+
+@pytest.mark.parametrize("scheme", ["float32", "int8:c", "int4:b32"])
+def test_a_product_of_no_rows(scheme: str, tmp_path: Path) -> None:
+    message = proto("g (float[0, 8] x) => (float[0, 5] y) { y = MatMul(x, w) }", {"w": noise(8, 5)})
+    report = kbitc.compile(message, tmp_path / "model.kbit", scheme=scheme, activations="float")
+    assert [layer["rule"] for layer in report.layers] == ["reference"]
+    assert kbitc.load(tmp_path / "model.kbit")({"x": np.zeros((0, 8), np.float32)})["y"].shape == (0, 5)
+
+
+@pytest.mark.parametrize("scheme", ["float32", "int8:c"])
+def test_a_product_of_no_terms(scheme: str, tmp_path: Path) -> None:
+    message = proto("g (float[3, 0] x) => (float[3, 5] y) { y = MatMul(x, w) }", {"w": noise(0, 5)})
+    with pytest.raises(UnsupportedError, match="no products.*MatMul"):
+        kbitc.compile(message, tmp_path / "model.kbit", scheme=scheme, activations="float")

@@ -1,7 +1,7 @@
 """The range of every value by what it does to the outputs: the float model is run with this one value rounded.
 
 Noise that is small adds up over the values, so each is chosen for itself. Runs start behind the value: what else is
-alive there comes from one run of the float model, so that the parts in front of it are not computed again.
+alive there comes from one walk through the float model, so that the parts in front of it are not computed again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import onnx_ir as ir
 from kbitc.graph.evaluate import Session
 from kbitc.passes.allocate.probe import difference, signal_of
 from kbitc.passes.calibrate.stream import only, read_by
+from kbitc.passes.calibrate.walk import Walk
 from kbitc.quant.static import Codes
 
 Array = npt.NDArray[Any]
@@ -37,16 +38,22 @@ def least_noise(
         feeds: samples.
     """
     probe = _Probe(model, feeds)
-    chosen = {}
-    for name, every in offers.items():
+    chosen = dict.fromkeys(offers, 0)
+    for name in probe.order:
+        every = offers.get(name, ())
         noises = probe.noises(name, every) if len(every) > 1 else []
         best = min(range(len(noises)), key=noises.__getitem__, default=0)
-        chosen[name] = best if noises and noises[best] < (1 - WORTH) * noises[0] else 0
+        if noises and noises[best] < (1 - WORTH) * noises[0]:
+            chosen[name] = best
     return chosen
 
 
 class _Probe:
-    """The float model, its outputs for the samples, and what is alive behind each value."""
+    """The float model, its outputs for the samples, and what is alive behind each value.
+
+    Attributes:
+        order: the values that can be measured, in the order in which they have to be.
+    """
 
     def __init__(self, model: ir.Model, feeds: Sequence[Mapping[str, Array]]) -> None:
         self._model, self._feeds = model, feeds
@@ -55,22 +62,22 @@ class _Probe:
         self._expected = [session.run(feed) for feed in feeds]
         self._signal = signal_of(self._expected)
         self._alive = alive_behind(model)
+        self._makers = {value.name: node.name or "" for node in model.graph for value in node.outputs}
+        self._walk = Walk(feeds)
+        self.order = [name for name in self._alive if name not in self._outputs]
 
     def noises(self, name: str, every: Sequence[Codes]) -> list[float]:
         """Noise to signal at the outputs with the value through each of these codes; none where that cannot be run."""
-        if name not in self._alive or name in self._outputs:
-            return []
         around = self._alive[name]
         tail = Session(only(self._model, self._outputs, around))
         if name not in tail.inputs:
             return []
         computed = [other for other in around if other in tail.inputs]
-        head = Session(only(self._model, computed))
         totals = np.zeros(len(every))
-        for feed, expected in zip(self._feeds, self._expected, strict=True):
-            known = {**feed, **head.run(feed)}
+        batches = self._walk.run(self._model, computed, self._makers[name])
+        for feed, expected, known in zip(self._feeds, self._expected, batches, strict=True):
             for index, codes in enumerate(every):
-                found = tail.run({**known, name: codes.rounded(known[name])})
+                found = tail.run({**feed, **known, name: codes.rounded(known[name])})
                 totals[index] += sum(difference(expected[out], found[out]) / self._signal[out] for out in self._signal)
         return [float(total) for total in totals]
 

@@ -243,6 +243,11 @@ int amx_install(void) {
   return sigaction(SIGILL, &action, NULL);
 }
 
+// A program that is not Python preloads this library and sets AMX_EMULATOR.
+__attribute__((constructor)) static void at_start(void) {
+  if (getenv("AMX_EMULATOR") != NULL && amx_install() != 0) fail("SIGILL cannot be handled");
+}
+
 // Threads whose tiles are configured now.
 int amx_configured_threads(void) { return __atomic_load_n(&configured_threads, __ATOMIC_RELAXED); }
 

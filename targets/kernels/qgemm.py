@@ -19,6 +19,8 @@ Each product that is added may be one fused multiply-add. Then the bias is added
 for a matrix product; for a convolution it is the pixel of tap t in an activation padded beforehand (`dynamic_quantize`
 writes the border), so nothing is skipped.
 Levels are fed with a bias (see `isa.Feed`): acc starts at -bias * sum(q) of the block instead of 0.
+An instruction set may sum in 16 bits first (`Isa.chain`), two lanes a channel. Where a whole block fits (`one_chain`),
+each lane starts at half of -bias * sum(q), and an integer block scale multiplies the lanes as they are widened.
 Results do not depend on the number of threads: a row and tile are always summed by one thread in one order.
 """
 

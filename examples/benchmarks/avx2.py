@@ -21,7 +21,7 @@ from kbitc.targets.probe import probe
 from kbitc.targets.target import parse_target
 
 TARGET = "x86:avx2"
-MANY_ROWS_SCHEMES = ("int2:b32", "int4:b32", "nf4:b32", "int8:b32", "int4:b32/i4")
+MANY_ROWS_SCHEMES = ("int4:b32", "nf4:b32", "int8:c", "int4:b32/i4")
 MASKED = {"kbitc": TARGET, "OpenVINO": "ONEDNN_MAX_CPU_ISA=AVX2", "ggml": "built for AVX2"}
 
 

@@ -128,7 +128,7 @@ def in_onnxruntime(model: onnx.ModelProto, x: Floats) -> Callable[[], Any]:
 def in_kbitc(model: onnx.ModelProto, scheme: str, x: Floats, folder: Path, target: str) -> Callable[[], Any]:
     """A call of the bundle for a target with one thread."""
     bundle = folder / (scheme.replace(":", "-").replace("/", "-") + ".kbit")
-    kbitc.compile(model, bundle, scheme=scheme, target=target)
+    kbitc.compile(model, bundle, scheme=scheme, target=target, solver="rtn")
     module = kbitc.load(bundle, threads=1)
     arguments = module.device_arguments([x])
     return lambda: module.run_raw(arguments)

@@ -9,11 +9,12 @@ import onnx_ir as ir
 import pytest
 
 from kbitc.errors import CalibrationError
-from kbitc.graph.evaluate import evaluate
+from kbitc.graph.evaluate import DETACH_BYTES, evaluate
 from kbitc.graph.text import operator_counts
 from kbitc.importer.feeds import open_batches, sample_feeds
 from kbitc.passes.calibrate import collect as stage
 from kbitc.passes.calibrate.stream import only
+from kbitc.passes.canonicalize import canonicalize
 from tests.support.onnx_text import model, noise
 
 NAMES = ("x", "h", "r", "y")
@@ -58,6 +59,18 @@ def test_a_part_starts_where_the_one_before_ended() -> None:
     names = ["h", "a", "b", "r", "y"]
     whole, parts = (stage.collect(subject, names, feeds(), budget=size).to_bytes() for size in (1 << 20, 1))
     assert whole == parts
+
+
+def test_a_part_in_front_of_a_loop_leaves_out_what_the_loop_reads() -> None:
+    text = "g (float[n, 1, 8] x) => (float[n, 1, 1, 96] y) { h = Relu(x) y = LSTM<hidden_size = 96>(h, w, r) }"
+    made = canonicalize(model(text, {"w": noise(1, 384, 8), "r": noise(1, 384, 96)}))
+    assert any(value.const_value is not None and value.const_value.nbytes >= DETACH_BYTES
+               for value in made.graph.initializers.values())  # fmt: skip
+    part = only(made, ["h"])
+    assert not part.graph.initializers
+    given = noise(3, 1, 8)
+    np.testing.assert_array_equal(evaluate(part, {"x": given})["h"], np.maximum(given, 0))
+    assert evaluate(made, {"x": given})["y"].shape == (3, 1, 1, 96)
 
 
 def test_groups_keep_to_the_budget(subject: ir.Model) -> None:

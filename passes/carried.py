@@ -25,13 +25,11 @@ from kbitc.passes.allocate.survey import Candidate
 from kbitc.passes.allocate.uniform import Accepts, decide
 from kbitc.quant.plan import UINT8, QuantPlan
 from kbitc.quant.scheme import Granularity, QuantScheme, ScaleType
-from kbitc.quant.static import Codes
+from kbitc.quant.static import INT8_SHIFT, Codes
 from kbitc.quant.tensor import QTensor
 
 #: Why a weight has its scheme; the report looks for it.
 REASON = "the model's own levels"
-#: Zero points of int8 codes as uint8 codes.
-INT8_SHIFT = 128
 _SHIFTS = {ir.DataType.UINT8: 0, ir.DataType.INT8: INT8_SHIFT}
 #: Results hold nothing but elements of the first input.
 _MOVES = frozenset(

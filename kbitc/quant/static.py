@@ -16,6 +16,9 @@ ACCUMULATOR_LIMIT = 1 << 31
 INTEGER = "integer"
 FLOAT = "float"
 
+#: Zero points of int8 codes as uint8 codes.
+INT8_SHIFT = 128
+
 
 @dataclass(frozen=True)
 class Codes:

@@ -182,6 +182,25 @@ def test_unsigned_weights_become_signed_where_they_fit() -> None:
     assert any(np.array_equal(array, weights("u8")["v"]) for array in held if array.dtype == np.int8)
 
 
+@pytest.mark.parametrize("kind", ["u8", "s8"])
+def test_a_table_of_codes_is_gathered_as_it_is_stored(kind: str) -> None:
+    """Its levels, up to 255 - 83, fit no int8. Dequantizing it all for a few rows would cost more than the rest of a run."""
+    dtype = np.uint8 if kind == "u8" else np.int8
+    table = np.random.default_rng(0).integers(0, 256, (40, 8)) - (0 if kind == "u8" else 128)
+    held = {name: array for name, array in weights(kind).items() if name[0] in "my"} | {
+        "t": table.astype(dtype), "mz": np.array(83 if kind == "u8" else -45, dtype), "v": ints(np.int8, 8, 6, seed=1),
+        "vs": np.array(0.01, np.float32),
+    }  # fmt: skip
+    rows = "tf = DequantizeLinear(t, ms, mz) e = Gather(tf, i) " + rounded("e", "m", "r")
+    text = f"{rows} vf = DequantizeLinear(v, vs) d = MatMul(r, vf) {rounded('d', 'y', 'y')}"
+    model, made, _ = integers(proto(f"g (int64[5] i) => (float[] y) {{ {text} }}", held))
+    counts = operator_counts(made)
+    assert "QuantizeLinear" not in counts and counts["DequantizeLinear"] == 1
+    feeds = {"i": np.array([0, 39, 7, 7, 12])}
+    wanted, found = (evaluate(each, feeds)["y"] for each in (model, made))
+    assert np.abs(wanted - found).max() <= OUT * 1.001
+
+
 def test_weights_that_a_file_quantizes_when_it_runs_are_levels_too() -> None:
     held = weights("s8") | {"wf0": noise(6, 4, 3, 3) / 4, "wz": np.zeros(6, np.int8)}
     text = HEAD.replace("(w, ws)", "(w_q, ws, wz)").replace("wf =", "w_q = QuantizeLinear<axis = 0>(wf0, ws, wz) wf =")

@@ -17,7 +17,7 @@ from kbitc.graph import integer_nonlinear as nonlinear
 from kbitc.passes.allocate.decision import Decision
 from kbitc.passes.allocate.families import Form
 from kbitc.passes.allocate.static import EDGE_BITS
-from kbitc.quant.static import ACCUMULATOR_LIMIT, Codes, StaticPlan
+from kbitc.quant.static import ACCUMULATOR_LIMIT, INT8_SHIFT, Codes, StaticPlan
 from kbitc.quant.tensor import QTensor
 
 Array = npt.NDArray[Any]
@@ -118,6 +118,10 @@ class Builder:
         root = self.decision.roots.get(value)
         if root is not None and (root in self.codes or root in self.sums):
             raise InternalError("a table is read before it is made", where=value.name)
+        stored = self._stored(value, codes)
+        if stored is not None:
+            self.codes[value] = stored
+            return stored
         scale = self.constant(f"{value.name}.scale", np.array(codes.scale, np.float32))
         inputs = [value, scale, self.zero(codes)]
         if codes.bits == EDGE_BITS:
@@ -128,6 +132,21 @@ class Builder:
             made = self.emit(before, "Min", [wide, limit], f"{value.name}.q", U8, value.shape)
         self.codes[value] = made
         return made
+
+    def _stored(self, value: ir.Value, codes: Codes) -> ir.Value | None:
+        """The constant that is dequantized to a value by just these codes, as codes; None for another value."""
+        node = edit.producer(value, "DequantizeLinear")
+        array = None if node is None else edit.constant(node.inputs[0])
+        if node is None or array is None or array.dtype not in (np.uint8, np.int8) or codes.bits != EDGE_BITS:
+            return None
+        shift = 0 if array.dtype == np.uint8 else INT8_SHIFT
+        zero = edit.scalar(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else 0.0
+        if zero is None or edit.scalar(node.inputs[1]) != codes.scale or zero + shift != codes.zero:
+            return None
+        if not shift:
+            return node.inputs[0]
+        moved = (array.astype(np.int16) + shift).astype(np.uint8)
+        return edit.add_initializer(self.model.graph, f"{value.name}.codes", moved)
 
     def requantize(self, sums: Sums, value: ir.Value, before: ir.Node, low: int = 0, high: int = 255) -> None:
         """Give `value` codes made from an accumulator; low and high limit them further than their bits do."""

@@ -7,7 +7,8 @@ much less. So every benchmark script gives this module all its contestants at on
     print_table("GEMV 4096x4096", timing, against="onnxruntime")
     save("gemv", [timing.as_json("GEMV 4096x4096", against="onnxruntime")], threads=1)
 
-`python examples/benchmarks/harness.py` copies the results into the table of the project's README.
+`python examples/benchmarks/harness.py` writes all results as tables into results/README.md, and the best of each case
+into the project's README.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 
 RESULTS = Path(__file__).with_name("results")
 README = Path(__file__).resolve().parents[2] / "README.md"
+TABLES = "README.md"
+OURS = "kbitc"
 README_BEGIN, README_END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
 PACKAGES = ("kbitc", "apache-tvm", "apache-tvm-ffi", "onnxruntime", "numpy", "openvino", "llama-cpp-python")
 # Of the many CPU flags, those that decide which kernels run.
@@ -189,6 +192,22 @@ def markdown(folder: Path = RESULTS) -> str:
     return "\n".join(texts)
 
 
+def best_of_each(folder: Path = RESULTS) -> str:
+    """Of every case with several engines the fastest of kbitc and the fastest other, as one Markdown table."""
+    lines = ["| results | case | fastest of kbitc | speed | fastest other | speed |", "|---|---|---|---:|---|---:|"]
+    for path in sorted(folder.glob("*.json")):
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+            speeds: dict[str, float] = row["speed"]
+            sides = [[name for name in speeds if name.startswith(OURS) == ours] for ours in (True, False)]
+            if all(sides):
+                found = [max(side, key=speeds.__getitem__) for side in sides]
+                cells = [path.stem, row["case"]]
+                for name in found:
+                    cells += [name.removeprefix(f"{OURS} "), f"{speeds[name]:.2f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _markdown_rows(row: Mapping[str, Any]) -> list[str]:
     def line(name: str, result: str) -> str:
         return f"| {row['case']} | {name} | {row['milliseconds'][name]:.3g} | {row['speed'][name]:.2f} | {result} |"
@@ -198,13 +217,20 @@ def _markdown_rows(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def write_tables(folder: Path = RESULTS) -> None:
+    """All results as tables beside them."""
+    about = "Written by `harness.py` from the JSON files here; speed is the ratio to the first row of a case."
+    (folder / TABLES).write_text(f"# Results\n\n{about}\n\n{markdown(folder)}", encoding="utf-8")
+
+
 def update_readme(readme: Path = README, folder: Path = RESULTS) -> None:
-    """Replace what stands between the two marks of the README by the results."""
+    """Replace what stands between the two marks of the README by the best of each case."""
     text = readme.read_text(encoding="utf-8")
     head, _, rest = text.partition(README_BEGIN)
     _, _, tail = rest.partition(README_END)
-    readme.write_text(head + README_BEGIN + "\n" + markdown(folder) + "\n" + README_END + tail, encoding="utf-8")
+    readme.write_text(head + README_BEGIN + "\n" + best_of_each(folder) + "\n" + README_END + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":
+    write_tables()
     update_readme()

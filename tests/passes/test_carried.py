@@ -184,7 +184,7 @@ def test_unsigned_weights_become_signed_where_they_fit() -> None:
 
 @pytest.mark.parametrize("kind", ["u8", "s8"])
 def test_a_table_of_codes_is_gathered_as_it_is_stored(kind: str) -> None:
-    """Its levels, up to 255 - 83, fit no int8. Dequantizing it all for a few rows would cost more than the rest of a run."""
+    """Its levels, up to 255 - 83, fit no int8. To dequantize it all for a few rows would cost more than the run."""
     dtype = np.uint8 if kind == "u8" else np.int8
     table = np.random.default_rng(0).integers(0, 256, (40, 8)) - (0 if kind == "u8" else 128)
     held = {name: array for name, array in weights(kind).items() if name[0] in "my"} | {

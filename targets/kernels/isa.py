@@ -99,6 +99,7 @@ class Isa(ABC):
         signed: the dot product reads signed levels.
         rows, tiles: register tile of the matrix product, in rows of activations and 16-channel tiles.
         vector_tiles: 16-channel tiles of the matrix-vector product, at most.
+        look_up_tiles: the same for grids of 16 levels that are looked up; None for no other number.
         ignores_high_bits: `look_up` needs no codes in range: bits above those that count are ignored.
         tile_registers: products of many rows may use AMX tiles (`tiled.py`).
     """
@@ -110,6 +111,7 @@ class Isa(ABC):
     rows: int
     tiles: int
     vector_tiles: int
+    look_up_tiles: int | None = None
     ignores_high_bits: bool = False
     tile_registers: bool = False
 
@@ -122,6 +124,11 @@ class Isa(ABC):
     def bytes(self) -> int:
         """Bytes of a register."""
         return GROUP * self.lanes
+
+    def few_tiles(self, feed: Feed) -> int:
+        """16-channel tiles of the matrix-vector product of codes that are fed in this way, at most."""
+        looked_up = feed.table is not None and len(feed.table) == LANES
+        return self.look_up_tiles if looked_up and self.look_up_tiles is not None else self.vector_tiles
 
     def feed(self, data_type: Format) -> Feed:
         """How the dot product of this instruction set reads the levels of a format."""
@@ -269,7 +276,7 @@ def isa_of(target: Target) -> Isa:
     isa = _isa_of(target)
     if target.schedule is not None:
         isa.rows, isa.tiles = target.schedule.rows, target.schedule.tiles
-        isa.vector_tiles = target.schedule.few_tiles
+        isa.vector_tiles, isa.look_up_tiles = target.schedule.few_tiles, None
     return isa
 
 

@@ -174,7 +174,7 @@ class _Generator:
         """Register tiles of dot products in parallel."""
         isa, shape = self.isa, (self.isa.rows, self.isa.tiles)
         ahead = ahead_of([self.args.weight.packed, self.args.weight.scales])
-        row_tasks(self.rows.count, shape, isa.vector_tiles, self.spec.output_tiles, self._tile, least, ahead)
+        row_tasks(self.rows.count, shape, isa.few_tiles(self.feed), self.spec.output_tiles, self._tile, least, ahead)
 
     def _arguments(self, dims: v.DimVars) -> Callable[[], Arguments]:
         """Declare the arguments; what is returned makes the views of them."""

@@ -91,8 +91,8 @@ def test_variants_with_the_same_kernels_share_a_library(bundle: Path) -> None:
     AMX multiplies many rows in another way; the static model has none whose channels tiles take.
     """
     manifest = manifest_of(bundle)
-    tiles, vbmi, vnni, avx2 = manifest.variants
-    assert vnni.library != avx2.library
+    tiles, vbmi, vnni, narrow, avx2 = manifest.variants
+    assert len({item.library for item in (vnni, narrow, avx2)}) == 3
     options = manifest.provenance["options"]
     assert (vbmi.library == vnni.library) == (not options["scheme"].startswith("nf4"))
     assert (tiles.library == vbmi.library) == (options["activation"] == "uint8")
@@ -108,7 +108,7 @@ def test_commands_say_which_variant_ran(
         assert _guarded([*command, "--variant", "avx2", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["target"] == "x86:avx2"
         assert _guarded([*command, "--variant", "sse9"]) == BundleError.exit_code
-        assert "it has amx, avx512vbmi, avx512vnni, avx2" in capsys.readouterr().err
+        assert "it has amx, avx512vbmi, avx512vnni, avxvnni, avx2" in capsys.readouterr().err
         assert _guarded([*command, "--variant", "avx2"]) == 0
         assert "x86:avx2" in capsys.readouterr().out
     assert _guarded(["inspect", str(bundle), "--json"]) == 0

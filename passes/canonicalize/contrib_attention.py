@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kbitc.graph import edit
+from kbitc.passes.canonicalize.body_text import ints, number
 from kbitc.passes.canonicalize.contrib_quantized import Statements, has
 
 #: What a place that may not be seen gets in front of the softmax.
@@ -26,24 +27,16 @@ def _size(node: ir.Node, index: int, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _ints(name: str, *items: int) -> str:
-    return f"{name} = Constant<value_ints = {list(items)}>()"
-
-
-def _float(name: str, number: float) -> str:
-    return f"{name} = Constant<value_float = {number!r}>()"
-
-
 def _heads(name: str, source: str, count: int) -> str:
     """[B, S, count D] -> [B, count, S, D]."""
-    shape = f"{_ints(f'{name}_shape', 0, 0, count, -1)} {name}_cut = Reshape({source}, {name}_shape)"
+    shape = f"{ints(f'{name}_shape', 0, 0, count, -1)} {name}_cut = Reshape({source}, {name}_shape)"
     return f"{shape} {name} = Transpose<perm = [0, 2, 1, 3]>({name}_cut)"
 
 
 def _flat(name: str, source: str) -> str:
     """[B, H, S, D] -> [B, S, H D]."""
     turned = f"{name}_turned = Transpose<perm = [0, 2, 1, 3]>({source})"
-    return f"{turned} {_ints(f'{name}_shape', 0, 0, -1)} {name} = Reshape({name}_turned, {name}_shape)"
+    return f"{turned} {ints(f'{name}_shape', 0, 0, -1)} {name} = Reshape({name}_turned, {name}_shape)"
 
 
 def _places(name: str, value: str, axis: int) -> str:
@@ -57,8 +50,8 @@ def _causal(scores: str, queries: str, keys: str) -> str:
     """Hide what comes after a token from it: `scores`_seen."""
     return (
         f"{_places('rows', queries, 2)} {_places('columns', keys, 2)} past = Sub(columns_dim, rows_dim) "
-        f"row = Add(rows, past) {_ints('row_axis', 1)} row_up = Unsqueeze(row, row_axis) "
-        f"after = Less(row_up, columns) {_float('lowest', _LOWEST)} {scores}_seen = Where(after, lowest, {scores})"
+        f"row = Add(rows, past) {ints('row_axis', 1)} row_up = Unsqueeze(row, row_axis) "
+        f"after = Less(row_up, columns) {number('lowest', _LOWEST)} {scores}_seen = Where(after, lowest, {scores})"
     )
 
 
@@ -66,26 +59,26 @@ def _padding(node: ir.Node, index: int, keys: str, given: float) -> str | None:
     """`padding` [B, 1, 1, T] or [B, 1, S, T] to add, from a mask of zeros and ones or from lengths [B]."""
     value = node.inputs[index]
     size = edit.rank(value)
-    fill = f"{_float('fill', given)} {_float('unit', 1.0)} {_float('nothing', 0.0)}"
+    fill = f"{number('fill', given)} {number('unit', 1.0)} {number('nothing', 0.0)}"
     ones = f"{fill} wide = Cast<to = 1>(i{index}) off = Sub(unit, wide) added = Mul(off, fill)"
     if size == 2:
-        return f"{ones} {_ints('padding_axes', 1, 2)} padding = Unsqueeze(added, padding_axes)"
+        return f"{ones} {ints('padding_axes', 1, 2)} padding = Unsqueeze(added, padding_axes)"
     if size == 3:
-        return f"{ones} {_ints('padding_axes', 1)} padding = Unsqueeze(added, padding_axes)"
+        return f"{ones} {ints('padding_axes', 1)} padding = Unsqueeze(added, padding_axes)"
     batch = node.inputs[0].shape if node.inputs[0] is not None else None
     if size != 1 or value is None or value.shape is None or batch is None or value.shape[0] != batch[0]:
         return None
     return (
-        f"{fill} {_places('keyed', keys, 2)} length = Cast<to = 7>(i{index}) {_ints('length_axis', 1)} "
+        f"{fill} {_places('keyed', keys, 2)} length = Cast<to = 7>(i{index}) {ints('length_axis', 1)} "
         "length_up = Unsqueeze(length, length_axis) inside = Less(keyed, length_up) "
-        f"added = Where(inside, nothing, fill) {_ints('padding_axes', 1, 2)} padding = Unsqueeze(added, padding_axes)"
+        f"added = Where(inside, nothing, fill) {ints('padding_axes', 1, 2)} padding = Unsqueeze(added, padding_axes)"
     )
 
 
 def _attend(scale: float, added: Sequence[str], causal: bool, softcap: float = 0.0) -> str:
     """o0 = softmax(scale q k^T + added) v of q, k and v, all [B, H, *, D]."""
     parts = [
-        f"k_turned = Transpose<perm = [0, 1, 3, 2]>(k) raw = MatMul(q, k_turned) {_float('scale', scale)}",
+        f"k_turned = Transpose<perm = [0, 1, 3, 2]>(k) raw = MatMul(q, k_turned) {number('scale', scale)}",
         "s0 = Mul(raw, scale)",
     ]
     last = "s0"
@@ -106,9 +99,9 @@ def _attention(node: ir.Node) -> str | None:
         return None
     sizes = list(node.attributes.get_ints("qkv_hidden_sizes", ())) or [total // 3] * 3
     parts = ["projected = MatMul(i0, i1)", f"moved = {'Add(projected, i2)' if has(node, 2) else 'Identity(projected)'}"]
-    parts.append(f"{_ints('sizes', *sizes)} q3, k3, v3 = Split<axis = -1>(moved, sizes)")
+    parts.append(f"{ints('sizes', *sizes)} q3, k3, v3 = Split<axis = -1>(moved, sizes)")
     parts += [_heads("q", "q3", heads), _heads("k_new", "k3", heads), _heads("v_new", "v3", heads)]
-    parts.append(_ints("first", 0))
+    parts.append(ints("first", 0))
     for place, name in enumerate("kv"):
         old = f"{name}_at = Constant<value_int = {place}>() {name}_old = Gather<axis = 0>(i4, {name}_at)"
         joined = f"{old} {name} = Concat<axis = 2>({name}_old, {name}_new)"
@@ -148,7 +141,7 @@ def _multi_head(node: ir.Node) -> str | None:
         inner = _size(node, 2, -1)
         if inner is None:
             return None
-        parts.append(f"{_ints('sizes', width, width, inner)} qb, kb, vb = Split<axis = 0>(i3, sizes)")
+        parts.append(f"{ints('sizes', width, width, inner)} qb, kb, vb = Split<axis = 0>(i3, sizes)")
         parts.append("qm = Add(i0, qb) km = Add(i1, kb) vm = Add(i2, vb)")
         names = ["qm", "km", "vm"]
     parts.append(_heads("q", names[0], heads))
@@ -180,7 +173,7 @@ def _embedding(node: ir.Node) -> str:
     epsilon = node.attributes.get_float("epsilon", 1e-12)
     parts.append(f"o0 = LayerNormalization<axis = -1, epsilon = {epsilon!r}>(total, i5, i6)")
     if len(node.outputs) > 1:
-        parts.append(_ints("one", 1))
+        parts.append(ints("one", 1))
         if has(node, 7):
             parts.append("kept = Cast<to = 6>(i7) o1 = ReduceSum<keepdims = 0>(kept, one)")
         else:
@@ -195,13 +188,13 @@ def _rotated(name: str, source: str, rotated: int, size: int, interleaved: bool)
     parts = []
     turned = source
     if rotated != size:
-        sizes = _ints(f"{name}_sizes", rotated, size - rotated)
+        sizes = ints(f"{name}_sizes", rotated, size - rotated)
         parts.append(f"{sizes} {name}_in, {name}_rest = Split<axis = -1>({source}, {name}_sizes)")
         turned = f"{name}_in"
     if interleaved:
         parts.append(
-            f"{_ints(f'{name}_pairs', 0, 0, 0, -1, 2)} {name}_cut = Reshape({turned}, {name}_pairs) "
-            f"{_ints(f'{name}_last', -1)} {name}_a1, {name}_b1 = Split<axis = -1, num_outputs = 2>({name}_cut) "
+            f"{ints(f'{name}_pairs', 0, 0, 0, -1, 2)} {name}_cut = Reshape({turned}, {name}_pairs) "
+            f"{ints(f'{name}_last', -1)} {name}_a1, {name}_b1 = Split<axis = -1, num_outputs = 2>({name}_cut) "
             f"{name}_a = Squeeze({name}_a1, {name}_last) {name}_b = Squeeze({name}_b1, {name}_last)"
         )
     else:
@@ -214,7 +207,7 @@ def _rotated(name: str, source: str, rotated: int, size: int, interleaved: bool)
     if interleaved:
         parts.append(
             f"{name}_lu = Unsqueeze({name}_low, {name}_last) {name}_hu = Unsqueeze({name}_high, {name}_last) "
-            f"{name}_joined = Concat<axis = -1>({name}_lu, {name}_hu) {_ints(f'{name}_flat', 0, 0, 0, -1)} "
+            f"{name}_joined = Concat<axis = -1>({name}_lu, {name}_hu) {ints(f'{name}_flat', 0, 0, 0, -1)} "
             f"{end} = Reshape({name}_joined, {name}_flat)"
         )
     else:
@@ -227,7 +220,7 @@ def _rotated(name: str, source: str, rotated: int, size: int, interleaved: bool)
 def _angles(positions: str, cos: int, sin: int) -> str:
     """`cos` and `sin` [B, 1, S, D / 2] at positions [B, S]."""
     rows = f"cos3 = Gather<axis = 0>(i{cos}, {positions}) sin3 = Gather<axis = 0>(i{sin}, {positions})"
-    return f"{rows} {_ints('head_axis', 1)} cos = Unsqueeze(cos3, head_axis) sin = Unsqueeze(sin3, head_axis)"
+    return f"{rows} {ints('head_axis', 1)} cos = Unsqueeze(cos3, head_axis) sin = Unsqueeze(sin3, head_axis)"
 
 
 def _rotary(node: ir.Node) -> str | None:
@@ -242,7 +235,7 @@ def _rotary(node: ir.Node) -> str | None:
     parts = [_heads("x", "i0", width // each) if size == 3 else "x = Identity(i0)"]
     if edit.rank(node.inputs[1]) == 1:
         parts.append(
-            f"{_places('steps', 'x', 2)} moved = Add(steps, i1) {_ints('batch', 0)} at = Unsqueeze(moved, batch)"
+            f"{_places('steps', 'x', 2)} moved = Add(steps, i1) {ints('batch', 0)} at = Unsqueeze(moved, batch)"
         )
     else:
         parts.append("at = Identity(i1)")
@@ -265,16 +258,16 @@ def _grouped(node: ir.Node) -> str | None:
     size = width // (heads + 2 * groups if packed else heads)
     parts, names = [], ["i0", "i1", "i2"]
     if packed:
-        sizes = _ints("sizes", heads * size, groups * size, groups * size)
+        sizes = ints("sizes", heads * size, groups * size, groups * size)
         parts.append(f"{sizes} q3, k3, v3 = Split<axis = -1>(i0, sizes)")
         names = ["q3", "k3", "v3"]
     parts += [_heads("q_new", names[0], heads), _heads("k_new", names[1], groups), _heads("v_new", names[2], groups)]
     parts.append(
-        f"{_places('rows', 'q_new', 2)} {_ints('one', 1)} {_ints('zero', 0)} last = Cast<to = 7>(i5) "
+        f"{_places('rows', 'q_new', 2)} {ints('one', 1)} {ints('zero', 0)} last = Cast<to = 7>(i5) "
         "last1 = Reshape(last, minus) length = Add(last1, one) before = Sub(length, rows_dim) past = Max(before, zero) "
         "past_up = Unsqueeze(past, one) place = Add(past_up, rows)"
     )
-    parts.insert(0, _ints("minus", -1))
+    parts.insert(0, ints("minus", -1))
     if node.attributes.get_int("do_rotary", 0):
         half = _size(node, 7, 1)
         if half is None:
@@ -301,7 +294,7 @@ def _cache(filled: bool) -> str:
         "held = Shape<start = 2, end = 3>(i3) is_old = Less(columns, past_up) gap = Sub(held, past_up) "
         "shifted = Add(columns, gap) end = Sub(columns_dim, one) behind = Min(shifted, end) "
         "source = Where(is_old, columns, behind) "
-        f"{_ints('source_axes', 1, 3)} source_up = Unsqueeze(source, source_axes) all_shape = Shape(k_all) "
+        f"{ints('source_axes', 1, 3)} source_up = Unsqueeze(source, source_axes) all_shape = Shape(k_all) "
         "source_all = Expand(source_up, all_shape)"
     )
     parts += [f"{name} = GatherElements<axis = 2>({name}_all, source_all)" for name in "kv"]
@@ -313,28 +306,28 @@ def _group_scores(node: ir.Node, heads: int, groups: int, size: int) -> str:
     scale = node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(size)
     window, cap = node.attributes.get_int("local_window_size", -1), node.attributes.get_float("softcap", 0.0)
     parts = [
-        f"{_ints('grouped', 0, groups, -1, size)} q_rows = Reshape(q, grouped)",
+        f"{ints('grouped', 0, groups, -1, size)} q_rows = Reshape(q, grouped)",
         "k_turned = Transpose<perm = [0, 1, 3, 2]>(k)",
-        f"raw = MatMul(q_rows, k_turned) {_ints('single', 0, heads, -1, 0)} split = Reshape(raw, single)",
-        f"{_float('scale', scale)} s0 = Mul(split, scale)",
+        f"raw = MatMul(q_rows, k_turned) {ints('single', 0, heads, -1, 0)} split = Reshape(raw, single)",
+        f"{number('scale', scale)} s0 = Mul(split, scale)",
     ]
     last = "s0"
     if cap > 0:
-        parts.append(f"{_float('cap', cap)} small = Div(s0, cap) bent = Tanh(small) s1 = Mul(bent, cap)")
+        parts.append(f"{number('cap', cap)} small = Div(s0, cap) bent = Tanh(small) s1 = Mul(bent, cap)")
         last = "s1"
     if has(node, 10):
         parts.append(f"s2 = Add({last}, i10)")
         last = "s2"
-    parts.append(f"{_ints('place_axis', 2)} place_up = Unsqueeze(place, place_axis) hidden0 = Less(place_up, columns)")
+    parts.append(f"{ints('place_axis', 2)} place_up = Unsqueeze(place, place_axis) hidden0 = Less(place_up, columns)")
     hidden = "hidden0"
     if window > 0:
-        parts.append(f"{_ints('window', window)} start = Sub(place_up, window) early = LessOrEqual(columns, start)")
+        parts.append(f"{ints('window', window)} start = Sub(place_up, window) early = LessOrEqual(columns, start)")
         parts.append("hidden1 = Or(hidden0, early)")
         hidden = "hidden1"
     parts.append(
-        f"hidden = Unsqueeze({hidden}, one) {_float('lowest', _LOWEST)} seen = Where(hidden, lowest, {last}) "
-        f"p = Softmax<axis = -1>(seen) {_ints('rows_again', 0, groups, -1, 0)} p_rows = Reshape(p, rows_again) "
-        f"c_rows = MatMul(p_rows, v) {_ints('heads_again', 0, heads, -1, size)} context = Reshape(c_rows, heads_again) "
+        f"hidden = Unsqueeze({hidden}, one) {number('lowest', _LOWEST)} seen = Where(hidden, lowest, {last}) "
+        f"p = Softmax<axis = -1>(seen) {ints('rows_again', 0, groups, -1, 0)} p_rows = Reshape(p, rows_again) "
+        f"c_rows = MatMul(p_rows, v) {ints('heads_again', 0, heads, -1, size)} context = Reshape(c_rows, heads_again) "
         f"{_flat('o0', 'context')}"
     )
     return " ".join(parts)

@@ -12,18 +12,11 @@ import onnx_ir as ir
 
 from kbitc.graph import edit
 from kbitc.graph.ops import WAVES
+from kbitc.passes.canonicalize.body_text import ints, number
 from kbitc.passes.canonicalize.contrib_quantized import Statements, has
 
 _REAL, _COMPLEX = 1, 2
 _COSINES, _SINES = f"{WAVES}_cosines", f"{WAVES}_sines"
-
-
-def _ints(name: str, *items: int) -> str:
-    return f"{name} = Constant<value_ints = {list(items)}>()"
-
-
-def _float(name: str, number: float) -> str:
-    return f"{name} = Constant<value_float = {number!r}>()"
 
 
 def _span(name: str, count: int) -> str:
@@ -35,8 +28,8 @@ def _span(name: str, count: int) -> str:
 def _waves(times: int, bins: int, length: int) -> str:
     """Cosines and sines f32 [times, bins] of 2 pi t f / length; t f modulo length stays exact."""
     return (
-        f"{_span('t', times)} {_span('f', bins)} {_ints('t_axis', 1)} t_up = Unsqueeze(t, t_axis) turns = Mul(t_up, f) "
-        f"{_ints('length', length)} part = Mod(turns, length) part_double = Cast<to = 11>(part) "
+        f"{_span('t', times)} {_span('f', bins)} {ints('t_axis', 1)} t_up = Unsqueeze(t, t_axis) turns = Mul(t_up, f) "
+        f"{ints('length', length)} part = Mod(turns, length) part_double = Cast<to = 11>(part) "
         f"step = Constant<value = double {{{2 * math.pi!r}}}>() "
         f"length_double = Cast<to = 11>(length) scaled = Mul(part_double, step) angle = Div(scaled, length_double) "
         f"angle_single = Cast<to = 1>(angle) {_COSINES} = Cos(angle_single) {_SINES} = Sin(angle_single)"
@@ -60,14 +53,14 @@ def _dft(node: ir.Node) -> str | None:
     bins, used = (length // 2 + 1 if onesided else length), min(size, length)
     order = [axis for axis in range(rank - 1) if axis != place] + [place]
     back = [order.index(axis) for axis in range(rank - 1)] + [rank - 1]
-    body = [_waves(used, bins, length), _ints("last", -1), _ints("zero", 0), _ints("used", used), _ints("time", place)]
+    body = [_waves(used, bins, length), ints("last", -1), ints("zero", 0), ints("used", used), ints("time", place)]
     body.append("cut = Slice(i0, zero, used, time)")
     sign, scale = (1.0, 1 / length) if inverse else (-1.0, 1.0)
-    body += [_float("scale", scale), _float("turn", sign * scale)]
+    body += [number("scale", scale), number("turn", sign * scale)]
     body += [f"{WAVES}_cos = Mul({_COSINES}, scale)", f"{WAVES}_sin = Mul({_SINES}, turn)"]
     plain = parts == _REAL
     for index, name in enumerate(("real",) if plain else ("real", "imaginary")):
-        body.append(f"{_ints(f'{name}_at', index)} {_ints(f'{name}_end', index + 1)}")
+        body.append(f"{ints(f'{name}_at', index)} {ints(f'{name}_end', index + 1)}")
         body.append(f"{name}_cut = Slice(cut, {name}_at, {name}_end, last) {name}_flat = Squeeze({name}_cut, last)")
         body.append(f"{name} = Transpose<perm = {order}>({name}_flat)")
         body += [f"{name}_cos = MatMul({name}, {WAVES}_cos)", f"{name}_sin = MatMul({name}, {WAVES}_sin)"]
@@ -91,9 +84,9 @@ def _stft(node: ir.Node) -> str | None:
     body = [_waves(length, bins, length), f"falling = Neg({_SINES}) both = Concat<axis = 1>({_COSINES}, falling)"]
     body.append("rows = Transpose<perm = [1, 0]>(both)")
     body.append("shaped = Mul(rows, i2)" if has(node, 2) else "shaped = Identity(rows)")
-    body.append(f"{_ints('one', 1)} {WAVES}_kernel = Unsqueeze(shaped, one) {_ints('flat', 0, 1, -1)}")
+    body.append(f"{ints('one', 1)} {WAVES}_kernel = Unsqueeze(shaped, one) {ints('flat', 0, 1, -1)}")
     body.append(f"line = Reshape(i0, flat) found = Conv<strides = [{step[0]}]>(line, {WAVES}_kernel)")
-    body.append(f"{_ints('split', 0, 2, bins, -1)} apart = Reshape(found, split)")
+    body.append(f"{ints('split', 0, 2, bins, -1)} apart = Reshape(found, split)")
     return " ".join([*body, "o0 = Transpose<perm = [0, 3, 2, 1]>(apart)"])
 
 
@@ -107,10 +100,10 @@ def _reverse_sequence(node: ir.Node) -> str | None:
     body = [
         f"size = Shape<start = {time}, end = {time + 1}>(i0) count = Squeeze(size) zero = Constant<value_int = 0>() "
         "one = Constant<value_int = 1>() steps = Range(zero, count, one)",
-        f"{_ints('step_axis', 1 - time)} {_ints('length_axis', 1 - batch)} at = Unsqueeze(steps, step_axis)",
+        f"{ints('step_axis', 1 - time)} {ints('length_axis', 1 - batch)} at = Unsqueeze(steps, step_axis)",
         "long = Cast<to = 7>(i1) length = Unsqueeze(long, length_axis) last = Sub(length, one) turned = Sub(last, at)",
         "inside = Less(at, length) from = Where(inside, turned, at)",
-        f"{_ints('rest', *rest)} from_up = Unsqueeze(from, rest)" if rest else "from_up = Identity(from)",
+        f"{ints('rest', *rest)} from_up = Unsqueeze(from, rest)" if rest else "from_up = Identity(from)",
         f"whole = Shape(i0) places = Expand(from_up, whole) o0 = GatherElements<axis = {time}>(i0, places)",
     ]
     return " ".join(body)
@@ -123,9 +116,9 @@ def _grid_sample(node: ir.Node) -> str | None:
         return None
     corners = bool(node.attributes.get_int("align_corners", 0))
     body = [
-        f"{_float('unit', 1.0)} {_float('half', 0.5)} {_float('zero', 0.0)} {_float('two', 2.0)} {_ints('last', -1)}",
+        f"{number('unit', 1.0)} {number('half', 0.5)} {number('zero', 0.0)} {number('two', 2.0)} {ints('last', -1)}",
         "images = Transpose<perm = [0, 2, 3, 1]>(i0) "
-        f"{_ints('x_place', 0)} {_ints('y_place', 1)} gx = Gather<axis = -1>(i1, x_place) "
+        f"{ints('x_place', 0)} {ints('y_place', 1)} gx = Gather<axis = -1>(i1, x_place) "
         "gy = Gather<axis = -1>(i1, y_place)",
     ]
     for name, axis in (("x", 3), ("y", 2)):

@@ -64,6 +64,16 @@ def test_a_counted_loop_is_a_scan(text: str) -> None:
     assert_same(expected, evaluate(subject, feeds))
 
 
+def test_a_loop_without_states_is_a_scan() -> None:
+    text = """g (float[2, 4] x) => (float[k, 2, 4] all) {
+      all = Loop(five, yes) < body = turn (int64 i, bool c) => (bool c2, float[2, 4] r) {
+        t = Cast<to = 1>(i)  r = Mul(x, t)  c2 = Identity(c) } > }"""
+    subject = canonicalize(model(text, WEIGHTS))
+    refuse_unlowerable(subject)
+    feeds = {"x": noise(2, 4)}
+    assert_same(evaluate(model(text, WEIGHTS), feeds), evaluate(subject, feeds))
+
+
 def test_a_counted_loop_is_compiled_with_its_weight() -> None:
     text = loop(count="long", rows="N", before="d = Shape<start = 0, end = 1>(x) \n long = Squeeze(d)")
     subject = canonicalize(model(text, WEIGHTS))

@@ -89,7 +89,8 @@ def compare(
 def _measured(
     models: Mapping[str, ir.Model], target: Target, feeds: Feeds, clock: Clock | None
 ) -> Mapping[str, Sequence[LayerTimes]]:
-    from kbitc.bundle.runtime import check_feeds, load_built
+    from kbitc.bundle.feeds import check_feeds
+    from kbitc.bundle.runtime import load_built
     from kbitc.targets.build import build
 
     timed = {}

@@ -12,26 +12,26 @@ import os
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import as_strided
 
-from kbitc import catalog
 from kbitc.bundle.engine import Engine, set_threads
+from kbitc.bundle.feeds import aligned, aligned_copy, check_feeds, fits
 from kbitc.bundle.manifest import LIBRARY, WEIGHTS, Described, Parameter
 from kbitc.bundle.reader import check_runtime, choose_variant, open_bundle
 from kbitc.bundle.weights import ALIGNMENT, map_weights
-from kbitc.errors import CalibrationError, InternalError, UsageError
+from kbitc.errors import InternalError, UsageError
 from kbitc.targets import machine
 
 Array = npt.NDArray[Any]
 # Shapes whose buffers are kept for later runs. Planned memory comes in few sizes (see targets/memory): this bounds
 # what loops allocate.
 POOLED_SHAPES = 32
+# Inputs of at most so many bytes that must be copied are copied to where they were in the run before.
+KEPT_BYTES = 1 << 20
 
 
 class Model:
@@ -64,12 +64,14 @@ class Model:
         self._engine = Engine(library, device)
         self._weights = [aligned(array) for array in weights.values()]
         self._parameters = [self._engine.put(array) for array in self._weights]
-        extents = [_extent(array) for array in self._weights if array.nbytes]
+        pairs = zip(self._parameters, self._weights, strict=True)
+        extents = [_extent(tensor, array) for tensor, array in pairs if array.nbytes]
         # One range around all weights; they are neighbours in the mapped file.
         self._weights_extent = (min(low for low, _ in extents), max(high for _, high in extents)) if extents else (0, 0)
         self._busy = threading.Lock()
         self._dynamic = any(isinstance(dim, str) for info in self.inputs for dim in info.shape)
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._rooms: dict[tuple[int, tuple[int, ...]], Array] = {}
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run the model.
@@ -87,8 +89,9 @@ class Model:
         with self._busy:
             set_threads(self.threads)
             self._fit_pool(arrays)
-            results = self._run(self.device_arguments(arrays))
-            return self._host_outputs(arrays, results)
+            given = [self._place(index, array) for index, array in enumerate(arrays)]
+            results = self._run([*(tensor for _, tensor in given), *self._parameters])
+            return self._host_outputs(given, results)
 
     @property
     def engine(self) -> Engine:
@@ -126,6 +129,7 @@ class Model:
         if len(self._shapes) == POOLED_SHAPES:
             self._engine.release_pool()
             self._shapes.clear()
+            self._rooms.clear()
         self._shapes.add(shapes)
 
     def _run(self, arguments: Sequence[Any]) -> list[Any]:
@@ -138,89 +142,44 @@ class Model:
             raise InternalError("the compiled module gives another number of outputs", got=len(results))
         return results
 
-    def _host_outputs(self, arrays: Sequence[Array], results: Sequence[Any]) -> dict[str, Array]:
+    def _place(self, index: int, array: Array) -> tuple[Array, Any]:
+        """What input `index` is run from: an array that fits compiled code, maybe a copy, and its device tensor."""
+        if fits(array):
+            tensor = self._engine.put(array)
+            if tensor.data_ptr() % ALIGNMENT == 0:
+                return array, tensor
+        if not 0 < array.nbytes <= KEPT_BYTES:
+            room = aligned(array)
+        elif (kept := self._rooms.get((index, array.shape))) is not None:
+            room = kept
+            room[...] = array
+        else:
+            room = self._rooms[index, array.shape] = aligned_copy(array)
+        return room, self._engine.put(room)
+
+    def _host_outputs(self, given: Sequence[tuple[Array, Any]], results: Sequence[Any]) -> dict[str, Array]:
         """Outputs as numpy arrays; one that lies in an input, a weight or an earlier output is copied."""
-        taken = [self._weights_extent, *(_extent(array) for array in arrays)]
+        taken = [self._weights_extent, *(_extent(tensor, array) for array, tensor in given)]
         outputs: dict[str, Array] = {}
         for info, result in zip(self.outputs, results, strict=True):
-            array = np.from_dlpack(self._engine.get(result))
-            begin, end = _extent(array)
-            if not array.flags.writeable or any(begin < high and low < end for low, high in taken):
-                array = array.copy()
-            taken.append((begin, end))
+            tensor = self._engine.get(result)
+            array = np.from_dlpack(tensor)
+            begin, end = extent = _extent(tensor, array)
+            for low, high in taken:
+                if begin < high and low < end:
+                    array = array.copy()
+                    break
+            else:
+                array = array if array.flags.writeable else array.copy()
+            taken.append(extent)
             outputs[info.name] = array
         return outputs
 
 
-def _extent(array: Array) -> tuple[int, int]:
-    start = array.ctypes.data
+def _extent(tensor: Any, array: Array) -> tuple[int, int]:
+    """First and last address of a tensor; asking numpy takes a microsecond."""
+    start: int = tensor.data_ptr()
     return start, start + array.nbytes
-
-
-def aligned(array: Array) -> Array:
-    """The array itself when it is contiguous, writeable and starts on 64 bytes, as TVM's code assumes; else a copy."""
-    if not array.size:
-        # TVM asks for strides that are products of the dims behind, zeros too; numpy's own are all zero.
-        strides = [prod(array.shape[axis + 1 :]) * array.itemsize for axis in range(array.ndim)]
-        return as_strided(np.zeros(1, array.dtype), array.shape, strides)
-    if array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
-        return array
-    room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -room.ctypes.data % ALIGNMENT
-    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def check_feeds(inputs: Sequence[Described], feeds: Mapping[str, Array]) -> list[Array]:
-    """The feeds in the order of the inputs.
-
-    Raises:
-        CalibrationError: for a missing or unknown name (says the nearest), another dtype, rank or dim, or two sizes
-            for one symbolic dim.
-    """
-    known = [info.name for info in inputs]
-    for name in feeds:
-        if name not in known:
-            raise CalibrationError("the model has no such input", got=repr(name), remedy=catalog.nearest(name, known))
-    sizes: dict[str, tuple[int, str]] = {}
-    arrays = []
-    for info in inputs:
-        if info.name not in feeds:
-            raise CalibrationError("an input is missing", where=info.name, remedy=f"give {describe(info)}")
-        array = np.asarray(feeds[info.name])
-        if array.dtype != np.dtype(info.dtype):
-            raise CalibrationError(
-                "an input has the wrong dtype",
-                where=info.name,
-                got=str(array.dtype),
-                remedy=f"give {describe(info)}, for example by .astype({info.dtype!r})",
-            )
-        _check_dims(info, array.shape, sizes)
-        arrays.append(array)
-    return arrays
-
-
-def _check_dims(info: Described, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
-    got = f"[{', '.join(map(str, shape))}]"
-    if len(shape) != len(info.shape):
-        raise CalibrationError(
-            f"an input has {len(shape)} dims instead of {len(info.shape)}",
-            where=info.name,
-            got=got,
-            remedy=f"give {describe(info)}",
-        )
-    for dim, size in zip(info.shape, shape, strict=True):
-        expected, source = sizes.setdefault(dim, (size, info.name)) if isinstance(dim, str) else (dim, info.name)
-        if size == expected:
-            continue
-        reason = f"dim {dim} is {expected} in {source}" if isinstance(dim, str) else f"give {describe(info)}"
-        raise CalibrationError("an input has the wrong shape", where=info.name, got=got, remedy=reason)
-
-
-def describe(info: Described) -> str:
-    """An input or output as text, such as ``float32[batch, 3, 48, 192]``."""
-    return f"{info.dtype}[{', '.join(map(str, info.shape))}]"
 
 
 def load(

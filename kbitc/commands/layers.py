@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbitc.bundle.feeds import check_feeds
 from kbitc.bundle.manifest import REPORT
 from kbitc.bundle.profile import LayerTimes, clock_of, profile
 from kbitc.bundle.reader import open_bundle
-from kbitc.bundle.runtime import Model, check_feeds, load
+from kbitc.bundle.runtime import Model, load
 from kbitc.commands.bench import BUNDLE, FLOAT_BUILD, Feeds, bench_feeds, compile_float, cpu_name
 from kbitc.errors import BundleError
 

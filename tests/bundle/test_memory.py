@@ -45,7 +45,8 @@ def test_memory_does_not_add_up_over_shapes(bundle: Path) -> None:
 @pytest.mark.parametrize("raw", [False, True])
 def test_buffers_of_a_few_shapes_are_kept(bundle: Path, monkeypatch: pytest.MonkeyPatch, raw: bool) -> None:
     from kbitc.bundle.engine import Engine
-    from kbitc.bundle.runtime import check_feeds, load
+    from kbitc.bundle.feeds import check_feeds
+    from kbitc.bundle.runtime import load
 
     released: list[int] = []
     monkeypatch.setattr(Engine, "release_pool", lambda self: released.append(1))

@@ -38,7 +38,7 @@ class Limits:
     Attributes:
         reads: (name, bytes that fit, bytes a second) of every cache, ascending, and of what lies behind them.
         float_operations: float32 multiplications and additions a second.
-        integer_operations: the same of int8 in int32 sums.
+        integer_operations: the same of int8 in int32 sums, by the fastest instructions of the target.
     """
 
     reads: tuple[tuple[str, int, float], ...]
@@ -104,11 +104,14 @@ def _kernels(target: Target, tasks: int, levels: Mapping[str, int]) -> tuple[Any
     from kbitc.targets.kernels import probe as kernels
     from kbitc.targets.kernels.ftile import registers_of
     from kbitc.targets.kernels.isa import isa_of
+    from kbitc.targets.kernels.tile_peak import make_tile_peak
 
     registers, isa = registers_of(target), isa_of(target)
     made = {
         "float_peak": kernels.make_float_peak(registers, PEAK_ROUNDS, tasks, "float_peak"),
-        "integer_peak": kernels.make_integer_peak(isa, PEAK_ROUNDS, tasks, "integer_peak"),
+        "integer_peak": make_tile_peak(PEAK_ROUNDS, tasks, "integer_peak")
+        if isa.tile_registers
+        else kernels.make_integer_peak(isa, PEAK_ROUNDS, tasks, "integer_peak"),
         # Half of a cache: the rest of it holds something else.
         **{name: kernels.make_read(size // 2, tasks, registers.lanes, name) for name, size in levels.items()},
     }

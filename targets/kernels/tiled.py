@@ -331,15 +331,9 @@ class _Task:
         width = self.product.reduction.width
         both = not isinstance(lower, int) or lower > 0
         second = WIDEST if both else 0
-        words = tiles.config_words([WIDEST, WIDEST, second, second, width, width if both else 0, WIDEST, WIDEST])
         steps = width // GROUP
-        shape: Expr = v.i64((steps << 48) + (steps << 56))
-        for tile, rows in ((0, upper), (1, upper), (2, lower), (3, lower), (4, upper), (5, lower)):
-            shape = shape + v.i64(rows) * v.i64(1 << (8 * tile))
-        config = builder.alloc_buffer((tiles.CONFIG_WORDS,), "int64", scope="global")
-        for place, word in enumerate(words):
-            v.store(config, [place], shape if place == tiles.ROWS_WORD else v.i64(word), 1)
-        tiles.configure(config)
+        row_bytes = [WIDEST, WIDEST, second, second, width, width if both else 0, WIDEST, WIDEST]
+        tiles.configure([upper, upper, lower, lower, upper, lower, steps, steps], row_bytes)
 
     def _panel_row(self, tap: Expr, i: Expr, count: int) -> Expr:
         """Number of the first vector of a tile's panel."""

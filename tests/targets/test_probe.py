@@ -13,8 +13,11 @@ from kbitc.bundle.profile import LayerTimes
 from kbitc.targets.kernels import probe as kernels
 from kbitc.targets.kernels.ftile import registers_of
 from kbitc.targets.kernels.isa import isa_of
-from kbitc.targets.probe import CACHES, Limits, _rate, cache_sizes
+from kbitc.targets.kernels.tile_peak import make_tile_peak
+from kbitc.targets.probe import CACHES, SAMPLES, Limits, _rate, cache_sizes
+from kbitc.targets.probe import probe as probe_limits
 from kbitc.targets.target import Target, host_runs, parse_target
+from tests.support import amx
 
 X86 = [parse_target(name) for name in ("x86:avx2", "x86:avx512vnni", "x86:avx512vbmi")]
 LIMITS = Limits((("L2", 100, 50.0), ("L3", 1000, 20.0), ("memory", 10_000, 10.0)), 100.0, 400.0)
@@ -82,3 +85,26 @@ def test_probes_do_all_of_their_work(target: Target, tasks: int) -> None:
         # Of ones every sum counts its terms: an element read, or a product, which is two operations.
         work = 4 if name == "read" else 2
         assert work * int(out.numpy().sum()) == probe.amount, name
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_probe_of_tiles_does_all_of_its_work(tasks: int) -> None:
+    target, emulated = parse_target(amx.AMX), amx.emulator()
+    probe = make_tile_peak(3, tasks, "peak")
+    function = probe.function.with_attr("global_symbol", "peak")
+    module = tvm.compile(tvm.IRModule({"peak": function}), target=tvm.target.Target(target.tvm))
+    (shape, dtype), (out_shape, out_dtype) = probe.arguments
+    out = tvm.runtime.tensor(np.zeros(out_shape, out_dtype))
+    module["peak"](tvm.runtime.tensor(np.full(shape, 255, dtype)), out)
+    assert 2 * int(out.numpy().sum(dtype=np.int64)) == 255 * 255 * probe.amount
+    assert emulated is None or emulated.configured_threads() == 0
+
+
+def test_machines_with_tiles_are_probed_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    amx.pretend(monkeypatch)
+    monkeypatch.setattr("kbitc.targets.probe.PEAK_ROUNDS", 3)
+    monkeypatch.setattr("kbitc.targets.probe.BYTES_A_SAMPLE", 1)
+    emulated = amx.emulator()
+    before = emulated.counts() if emulated else amx.Counts()
+    assert probe_limits(parse_target(amx.AMX)) is not None
+    assert emulated is None or emulated.counts().since(before).dot == 12 * (1 + SAMPLES)

@@ -42,17 +42,20 @@ def call(name: str, *operands: Expr) -> None:
     builder.evaluate(tirx.call_llvm_intrin("void", f"llvm.x86.{name}", *operands))
 
 
-def config_words(row_bytes: Sequence[int]) -> list[int]:
-    """The configuration without its rows, as int64 [8] little-endian: palette 1, bytes a row of the eight tiles."""
+def configure(rows: Sequence[Any], row_bytes: Sequence[int]) -> None:
+    """Give the thread tiles of so many rows (numbers or expressions) of so many bytes (ldtilecfg); all are zero."""
     words = [0] * CONFIG_WORDS
     words[0] = PALETTE
     for tile, count in enumerate(row_bytes):
         words[FIRST_BYTES_WORD + tile // 4] |= count << (16 * (tile % 4))
-    return words
-
-
-def configure(config: Buffer) -> None:
-    """Give the thread tiles (ldtilecfg); all are zero. `config` is int64 [8]."""
+    known = sum(count << (8 * tile) for tile, count in enumerate(rows) if isinstance(count, int))
+    shape: Expr = v.i64(known)
+    for tile, count in enumerate(rows):
+        if not isinstance(count, int):
+            shape = shape + v.i64(count) * v.i64(1 << (8 * tile))
+    config = builder.alloc_buffer((CONFIG_WORDS,), "int64", scope="global")
+    for place, word in enumerate(words):
+        v.store(config, [place], shape if place == ROWS_WORD else v.i64(word), 1)
     # Not by `address`, which TVM refuses where the buffer shares its place with another of other elements.
     call("ldtilecfg", tirx.address_of(config[v.i64(0)]))
 

@@ -36,12 +36,11 @@ def _kernel(shape: tuple[int, int, int], signs: tuple[bool, bool]) -> Any:
     rows, inner, columns = shape
 
     def body() -> None:
-        config = v.argument("config", (tiles.CONFIG_WORDS,), "int64")
         left = v.argument("left", (rows * tiles.ROW_BYTES,), "uint8")
         right = v.argument("right", (inner * 4 * columns,), "uint8")
         sums = v.argument("sums", (rows * columns,), "int32")
         with v.root():
-            tiles.configure(config)
+            tiles.configure([rows, rows, inner], [4 * columns, 4 * inner, 4 * columns])
             tiles.load(0, tiles.address(sums, v.i64(0)), 4 * columns)
             tiles.load(1, tiles.address(left, v.i64(0)), tiles.ROW_BYTES)
             tiles.load(2, tiles.address(right, v.i64(0)), 4 * columns)
@@ -50,12 +49,6 @@ def _kernel(shape: tuple[int, int, int], signs: tuple[bool, bool]) -> Any:
             tiles.release()
 
     return v.kernel("dot", body).with_attr("global_symbol", "dot")
-
-
-def _config(rows: int, inner: int, columns: int) -> Any:
-    words = np.array(tiles.config_words([4 * columns, 4 * inner, 4 * columns]), np.int64)
-    words[tiles.ROWS_WORD] = rows | rows << 8 | inner << 16
-    return words
 
 
 @pytest.mark.parametrize("signs", SIGNS, ids=lambda signs: "".join(tdpb.LETTERS[sign] for sign in signs))
@@ -70,7 +63,7 @@ def test_dot_products_are_numpys(signs: tuple[bool, bool]) -> None:
             left = _bytes(signs[0], (rows, tiles.ROW_BYTES), sides[0])
             right = _bytes(signs[1], (inner, 4 * columns), sides[1])
             sums = RANDOM.integers(-(2**31), 2**31, (rows, columns)).astype(np.int32)
-            given = (_config(*shape), left.view(np.uint8).reshape(-1), right.view(np.uint8).reshape(-1))
+            given = (left.view(np.uint8).reshape(-1), right.view(np.uint8).reshape(-1))
             out = tvm.runtime.tensor(sums.reshape(-1))
             run["dot"](*map(tvm.runtime.tensor, given), out)
             wanted = tdpb.meaning(sums, left[:, : 4 * inner], right)

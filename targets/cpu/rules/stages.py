@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,12 @@ import tvm_ffi
 from tvm import ir, tirx
 from tvm.s_tir import SBlockRealize
 
+from kbitc.targets.cpu.rules import nest
+
 Expr = Any
 Var = Any
 PrimFunc = Any
+Statement = Any
 
 _SUM_LIKE = {tirx.Add: "sum", tirx.Mul: "prod", tirx.Max: "max", tirx.Min: "min"}
 
@@ -132,3 +136,9 @@ def _stage(block: Any, store: Any, spatial: tuple[Axis, ...], over: tuple[Axis, 
     if not (isinstance(value.a, ir.TensorLoad) and same_buffer(value.a.source, store.buffer)):
         return None
     return Stage(name, store.buffer, spatial, over, reducer, block.init.value, value.b)
+
+
+def at(stage: Stage, indices: Sequence[Expr]) -> Statement:
+    """The store of one element."""
+    names = [(axis.var, index) for axis, index in zip(stage.axes, indices, strict=True)]
+    return nest.store(stage.buffer, indices, nest.replace(stage.value, names))

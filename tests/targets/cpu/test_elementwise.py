@@ -94,9 +94,10 @@ def test_joined_axes_of_symbolic_length(target: Any) -> None:
         ((48, 32), (1, 0)),
         ((1, 40), (1, 0)),
         ((7, 5, 3), (2, 1, 0)),
+        ((2, 3, 20), (0, 2, 1)),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "int64"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "int64"])
 def test_transpose(target: Any, shape: tuple[int, ...], order: tuple[int, ...], dtype: str) -> None:
     x = (numbers(*shape) * 1000).astype(dtype)
     a = te.placeholder(shape, dtype)
@@ -104,6 +105,25 @@ def test_transpose(target: Any, shape: tuple[int, ...], order: tuple[int, ...], 
     back = [order.index(axis) for axis in range(len(order))]
     group = Scheduled([a], te.compute(out, lambda *i: a(*[i[axis] for axis in back])), target)
     assert np.array_equal(group([x], (out, dtype)), x.transpose(order))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 24])
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_what_is_computed_on_the_way_to_another_order(target: Any, channels: int, known: bool, dtype: str) -> None:
+    """The first layer of a network of integers: planes of an image to pixels of codes."""
+    h, w = symbols("h", "w")
+    for height, width in ((1, 1), (2, 5), (3, 16), (2, 17), (1, 40)):
+        dims, out = (height, width) if known else (h, w), (2, height, width, channels)
+        a = te.placeholder((2, channels, *dims), "float32")
+        codes = te.compute((2, *dims, channels), lambda b, y, x, c: _code(a(b, c, y, x), dtype))  # noqa: B023
+        x = np.round(numbers(2, channels, height, width) * 8) / 8  # exact with and without a fused multiply-add
+        expected = np.floor(np.maximum(x * 16 + 100, 0)).astype(dtype).transpose(0, 2, 3, 1)
+        assert np.array_equal(Scheduled([a], codes, target)([x], (out, dtype)), expected), (height, width)
+
+
+def _code(value: Any, dtype: str) -> Any:
+    return tirx.Cast(dtype, tirx.floor(tirx.max(value * 16.0 + 100.0, tirx.const(0, "float32"))))
 
 
 def test_transpose_of_symbolic_shape(target: Any) -> None:

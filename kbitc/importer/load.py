@@ -25,7 +25,14 @@ from kbitc.importer.signature import (
     forget_negative_dims,
     give_ranks,
 )
-from kbitc.importer.structure import check_functions, check_names, check_versions, hoist_constants, nodes_below
+from kbitc.importer.structure import (
+    check_functions,
+    check_names,
+    check_versions,
+    hoist_constants,
+    nodes_below,
+    state_defaults,
+)
 from kbitc.importer.tensors import DetachedTensor, take_tensors
 from kbitc.importer.text import check_text
 from kbitc.importer.values import check_values
@@ -94,6 +101,7 @@ def check_proto(
     forget_negative_dims(proto.graph)
     give_ranks(proto.graph, shapes)
     check_nodes(proto)
+    state_defaults(proto)
     _run_checker(proto, taken)
     bind_shapes(proto.graph, shapes)
     return taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
+import onnx.helper
 
 from kbitc.errors import ModelError, UnsupportedError
 
@@ -74,6 +75,15 @@ def hoist_constants(graph: onnx.GraphProto) -> None:
         saved = [_copy(node) for node in kept]
         del graph.node[:]
         graph.node.extend(saved)
+
+
+def state_defaults(proto: onnx.ModelProto) -> None:
+    """Write out STFT's default of `onesided`, which is 1: ONNX's shape inference takes an absent one for 0."""
+    for nodes in (proto.graph.node, *(function.node for function in proto.functions)):
+        for node in nodes_below(nodes, 0):
+            plain = node.op_type == "STFT" and node.domain in ("", "ai.onnx")
+            if plain and all(attribute.name != "onesided" for attribute in node.attribute):
+                node.attribute.append(onnx.helper.make_attribute("onesided", 1))
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:

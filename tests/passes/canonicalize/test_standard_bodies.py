@@ -82,6 +82,21 @@ def test_opened_at_open_sizes_and_compiled(name: str) -> None:
     assert_same(before, dict(zip(before, found, strict=True)), TERMS)
 
 
+def test_an_absent_onesided_means_half_of_the_bins_for_all_that_follows() -> None:
+    text = """g (float[2, 40] signal) => (float[] y) {
+        spectrum = STFT(signal, hop, window)
+        energy = ReduceSumSquare<axes = [-1], keepdims = 0>(spectrum)
+        y = MatMul(energy, bank)
+    }"""
+    subject = load_model(
+        proto(text, {"hop": WEIGHTS["hop"], "window": WEIGHTS["window"], "bank": noise(9, 3)}, opset=17)
+    )
+    feeds = {"signal": FEEDS["signal"]}
+    before = evaluate(subject, feeds)
+    assert before["y"].shape == (2, 7, 3)
+    assert_same(before, evaluate(canonicalize(subject), feeds), TERMS**2)
+
+
 def test_tables_of_waves_stay_float() -> None:
     for name in ("frames with a window", "half of the waves"):
         subject = canonicalize(imported(CASES[name])[0])

@@ -36,14 +36,17 @@ class LevelTensor:
 
     def levels(self) -> npt.NDArray[np.int8]:
         """The weight as int8 [N, T, C]."""
-        if self.bits == WHOLE_BYTES:
-            found = self.codes.view(np.int8)
-        else:
-            found = np.asarray(self.grid, np.int8)[self.codes]
+        found = self.grid_levels()
         if self.factors is None:
             return found
         spread = np.repeat(self.factors, self.block, axis=2)[:, :, : self.shape[2]]
         return np.asarray(found.astype(np.int32) * spread, np.int8)
+
+    def grid_levels(self) -> npt.NDArray[np.int8]:
+        """The weight without its factors, int8 [N, T, C]."""
+        if self.bits == WHOLE_BYTES:
+            return self.codes.view(np.int8)
+        return np.asarray(self.grid, np.int8)[self.codes]
 
     def whole_bytes(self) -> LevelTensor:
         """The same weight with one byte a level and no factors."""

@@ -2,7 +2,8 @@
 
 The instruction sets of `isa.py` feed levels unsigned and activations signed. Here it is the other way round: the
 activations of a static graph are uint8 codes, the levels int8. x86 multiplies them as they are; NEON, whose sdot is
-signed, flips the top bit of the codes, which is x - 128, and the bias makes up for it (`offset`).
+signed, flips the top bit of the codes, which is x - 128, and the bias makes up for it (`offset`). AVX2 sums in 16 bits
+first where the constant levels prove that nothing overflows (`byte_dot_of`), and widens the bytes elsewhere.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tvm import tirx
 
 from kbitc.errors import InternalError
 from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.neon.intrin import sdot
-from kbitc.targets.x86.intrin import packs, vpdpbusd, vpmaddwd
+from kbitc.targets.x86.intrin import fence, packs, vpdpbusd, vpmaddubsw, vpmaddwd
 
 Expr = Any
+# The largest code.
+WHOLE = 255
 
 
 class ByteDot:
@@ -32,6 +37,7 @@ class ByteDot:
         offset: what is fed minus the activation code, 0 or -128.
         pairs: products of 64 bits are made of the even and of the odd lanes, as vpmuldq does, not of the halves.
         packs: there is `packed`.
+        chain: how many results of `narrow` may be added in 16 bits; 0 where there is only `dot`.
     """
 
     lanes = 4
@@ -41,6 +47,7 @@ class ByteDot:
     offset = 0
     pairs = False
     packs = False
+    chain = 0
 
     @property
     def bytes(self) -> int:
@@ -78,6 +85,14 @@ class ByteDot:
             up = tirx.shift_left(levels[0], v.full(24 - 8 * j, "int32", self.lanes))
             sums = sums + code * tirx.shift_right(up, v.full(24, "int32", self.lanes))
         return sums
+
+    def narrow(self, sums: Expr | None, codes: tuple[Expr, ...], levels: tuple[Expr, ...]) -> Expr:
+        """As `dot` with two int16 sums a channel: lane 2 n for j = 0 and 1, lane 2 n + 1 for j = 2 and 3; None is 0."""
+        raise InternalError("an instruction set without sums of 16 bits", got=repr((sums, codes, levels)))
+
+    def widened(self, pairs: Expr) -> Expr:
+        """Sums of 16 bits as int32 [lanes]."""
+        raise InternalError("an instruction set without sums of 16 bits", got=repr(pairs))
 
 
 class Vnni(ByteDot):
@@ -144,6 +159,43 @@ class Maddwd(ByteDot):
         return sums
 
 
+class Maddubsw(ByteDot):
+    """AVX2: vpmaddubsw, for levels of which some results fit 16 bits whatever the codes are.
+
+    Args:
+        chain: how many do (`vpmaddubsw.chain_of`), at least one.
+    """
+
+    lanes = vpmaddwd.LANES
+    registers = 16
+    pairs = True
+    packs = True
+
+    def __init__(self, chain: int) -> None:
+        self.chain = chain
+
+    def levels(self, levels: Expr) -> tuple[Expr, ...]:
+        """See `ByteDot.levels`."""
+        return (v.reinterpret(levels, "int8", self.bytes),)
+
+    def codes(self, words: Expr) -> tuple[Expr, ...]:
+        """See `ByteDot.codes`."""
+        return (v.bind(v.reinterpret(words, "uint8", self.bytes)),)
+
+    def narrow(self, sums: Expr | None, codes: tuple[Expr, ...], levels: tuple[Expr, ...]) -> Expr:
+        """See `ByteDot.narrow`."""
+        pairs = v.bind(vpmaddubsw.emit(codes[0], levels[0], (WHOLE, vpmaddubsw.HIGHEST // WHOLE // 2)))
+        return pairs if sums is None else v.bind(fence.emit(sums + pairs, "int16", vpmaddubsw.LANES))
+
+    def widened(self, pairs: Expr) -> Expr:
+        """See `ByteDot.widened`."""
+        return vpmaddwd.emit(pairs, v.full(1, "int16", vpmaddubsw.LANES))
+
+    def dot(self, sums: Expr, codes: tuple[Expr, ...], levels: tuple[Expr, ...]) -> Expr:
+        """See `ByteDot.dot`: a chain of one."""
+        return sums + self.widened(self.narrow(None, codes, levels))
+
+
 class Sdot(ByteDot):
     """NEON with dotprod: the codes lose 128, by their top bit."""
 
@@ -179,7 +231,7 @@ def narrower(dot: ByteDot, channels: int) -> ByteDot:
 
 
 def byte_dot(dot: str) -> ByteDot:
-    """The dot product of a target by its dot instruction (`Target.dot`)."""
+    """The dot product of a target by its dot instruction (`Target.dot`), for any levels."""
     sets: dict[str, type[ByteDot]] = {
         "vpdpbusd": Vnni,
         "vpdpbusd_ymm": YmmVnni,
@@ -188,6 +240,12 @@ def byte_dot(dot: str) -> ByteDot:
         "": ByteDot,
     }
     return sets[dot]()
+
+
+def byte_dot_of(dot: str, levels: npt.NDArray[np.int8]) -> ByteDot:
+    """The dot product of a target for constant levels int8 [N, T, C], as they lie in the kernel."""
+    chain = vpmaddubsw.chain_of(levels, WHOLE) if dot == "vpmaddwd" else 0
+    return Maddubsw(chain) if chain else byte_dot(dot)
 
 
 def signed_word(word: int) -> int:

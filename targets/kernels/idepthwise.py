@@ -224,13 +224,21 @@ class _Generator:
         corner = v.bind(self.line + left * spec.channels + (more + strip.first))
         start = [v.bind(v.load(self.bias, [place + q * dot.lanes], dot.lanes)) for q in range(GROUP)]
         sums = [list(start) for _ in range(count)]
+        pairs: dict[tuple[int, int], Expr] = {}
         for four in range(spec.fours):
             at = place * (spec.fours * GROUP) + four * GROUP * dot.bytes
             levels = [dot.levels(v.bind(v.load(self.packed, [at + q * dot.bytes], dot.bytes))) for q in range(GROUP)]
             for i in range(count):
                 from_ = corner + i * stride * spec.channels
                 for q, words in enumerate(self._four_taps(dot, from_, left, four, inside=inside)):
-                    sums[i][q] = v.bind(dot.dot(sums[i][q], dot.codes(words), levels[q]))
+                    if dot.chain:
+                        pairs[i, q] = dot.narrow(pairs.get((i, q)), dot.codes(words), levels[q])
+                    else:
+                        sums[i][q] = v.bind(dot.dot(sums[i][q], dot.codes(words), levels[q]))
+            if dot.chain and ((four + 1) % dot.chain == 0 or four == spec.fours - 1):
+                for (i, q), found in pairs.items():
+                    sums[i][q] = v.bind(sums[i][q] + dot.widened(found))
+                pairs.clear()
         self._finish(strip, place, pixel, more, sums)
 
     def _four_taps(self, dot: ByteDot, corner: Expr, left: Expr, four: int, *, inside: bool) -> list[Expr]:

@@ -297,14 +297,22 @@ class _Tile:
         bits = g.spec.bits
         places = [(i, p) for i in range(self.tiles) for p in range(g.dot.parts)]
         units = {(i, p): unit_codes(g.isa, bits, g.packed, [self.first + i, self.tap, unit], p) for i, p in places}
-        for step in range(-(-channels // GROUP)):
+        pairs: dict[Key, Expr] = {}
+        steps = -(-channels // GROUP)
+        for step in range(steps):
             count = min(GROUP, channels - step * GROUP)
             at = v.bind(unit * UNIT + step * GROUP)
             levels = {key: g.dot.levels(self._bytes(found, step)) for key, found in units.items()}
             for r, source in enumerate(self.source):
                 codes = g.dot.splat(self._four(source + at, count))
                 for i, p in places:
-                    acc[r, i, p] = v.bind(g.dot.dot(acc[r, i, p], codes, levels[i, p]))
+                    if g.dot.chain:
+                        pairs[r, i, p] = g.dot.narrow(pairs.get((r, i, p)), codes, levels[i, p])
+                    else:
+                        acc[r, i, p] = v.bind(g.dot.dot(acc[r, i, p], codes, levels[i, p]))
+            if g.dot.chain and ((step + 1) % g.dot.chain == 0 or step == steps - 1):
+                acc = {key: v.bind(total + g.dot.widened(pairs[key])) for key, total in acc.items()}
+                pairs.clear()
         for key, held in sums.items():
             v.put(held, acc[key], lanes)
 

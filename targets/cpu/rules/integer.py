@@ -17,7 +17,7 @@ from kbitc.errors import InternalError
 from kbitc.quant.levels import LevelTensor
 from kbitc.quant.packing import LANES, UNIT, pack_codes, pack_per_channel
 from kbitc.targets.kernels.border import BorderSpec, make_border
-from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot
+from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot, byte_dot_of
 from kbitc.targets.kernels.ibatch import IbatchSpec, make_ibatch, make_pack
 from kbitc.targets.kernels.idepthwise import (
     MOST_TAPS,
@@ -54,9 +54,9 @@ class CodeProduct:
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Give the image its border where it has one, then multiply."""
         weight, spec = _prepared(contraction)
-        dot, isa = byte_dot(ctx.target.dot), isa_of(ctx.target)
+        dot, isa = byte_dot_of(ctx.target.dot, weight.grid_levels()), isa_of(ctx.target)
         name = f"integer_{contraction.kind}"
-        func = cached(ctx, (name, repr(spec), isa.name), lambda: make_igemm(spec, dot, isa, name))
+        func = cached(ctx, (name, repr(spec), isa.name, dot.chain), lambda: make_igemm(spec, dot, isa, name))
         x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
         given = [x, *_parameters(ctx, contraction, weight, spec, dot)]
         given += inputs[:1] if spec.flat and unknown_size(spec.rows.source_shape) else []
@@ -81,7 +81,9 @@ class CodeDepthwise:
 
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """One kernel; the image gets a border first where registers do not cover the channels exactly."""
-        weight, rows, dot = level_weight(contraction), rows_of(contraction), byte_dot(ctx.target.dot)
+        weight, rows = level_weight(contraction), rows_of(contraction)
+        by_taps = weight.levels().transpose(0, 2, 1)  # four taps of a channel lie in a lane
+        dot = byte_dot_of(ctx.target.dot, by_taps)
         if not isinstance(rows, ConvRows) or contraction.conv is None:
             raise InternalError("a depthwise product of no image", where=contraction.name)
         n = weight.shape[0]
@@ -94,12 +96,12 @@ class CodeDepthwise:
             wants_accumulators(contraction), contraction.conv.pads if flat else (0, 0, 0, 0),
         )  # fmt: skip
         name = "integer_depthwise"
-        func = cached(ctx, (name, repr(spec), ctx.target.dot), lambda: make_idepthwise(spec, dot, name))
+        func = cached(ctx, (name, repr(spec), ctx.target.dot, dot.chain), lambda: make_idepthwise(spec, dot, name))
         runs = places(n, dot)
         at = np.concatenate([run for run, _ in runs])
         given = [
             _bordered(ctx, contraction, inputs[0], SLACK) if flat else inputs[0],
-            ctx.weight(f"{contraction.name}.levels", pack_taps(weight.levels()[:, :, 0], dot)),
+            ctx.weight(f"{contraction.name}.levels", pack_taps(by_taps[:, 0], dot)),
             ctx.weight(f"{contraction.name}.bias", at_places(folded_bias(contraction, dot), at)),
             *epilogue_parameters(ctx, contraction, runs),
             *(inputs[:1] if flat and unknown_size(image) else []),

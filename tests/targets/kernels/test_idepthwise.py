@@ -42,10 +42,14 @@ def _grouped(conv: ConvAttributes, group: int) -> ConvAttributes:
 
 @pytest.mark.parametrize("values", ["largest", "smallest", "outlier"])
 def test_extreme_values(values: str) -> None:
-    weight = of_levels(np.where(np.arange(16)[:, None, None] % 2, 127, -128) * np.ones((16, 9, 1), np.int8))
-    geometry = ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1), group=16)
-    subjects = [conv(f"z{zero}", weight, (1, 3, 4), geometry, zero=zero) for zero in (0, 255)]
-    check([reset(RULE, subject, values) for subject in subjects], parse_target("x86:avx512vnni"))
+    """Levels of 64 and 16 fill the sums of 16 bits of one result and of four."""
+    geometry = ConvAttributes((3, 3), (1, 1), (1, 1, 1, 1), group=32)
+    for name in ("x86:avx512vnni", "x86:avx2"):
+        subjects = []
+        for low, high in ((-128, 127), (-64, 64), (-16, 16)):
+            weight = of_levels(np.where(np.arange(32)[:, None, None] % 2, high, low) * np.ones((32, 9, 1), np.int8))
+            subjects += [conv(f"z{zero}_{high}", weight, (1, 3, 4), geometry, zero=zero) for zero in (0, 255)]
+        check([reset(RULE, subject, values) for subject in subjects], parse_target(name))
 
 
 @pytest.mark.parametrize("dot", ["vpdpbusd", "vpmaddwd", "sdot"])

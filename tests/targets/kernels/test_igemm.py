@@ -38,12 +38,12 @@ def test_every_k_and_grid(target: Target) -> None:
 
 @pytest.mark.parametrize("values", ["zero", "largest", "smallest", "outlier"])
 def test_extreme_values(values: str) -> None:
-    """All codes 0 or 255 by all levels -128 or 127 fill the accumulators without saturation."""
+    """All codes 0 or 255 by all levels of one size fill the accumulators, those of 16 bits too, without saturation."""
     for name in X86:
         contractions = []
-        for i, level in enumerate((-128, 127)):
+        for i, level in enumerate((-128, 127, -65, 65, -64, 64, -32, 32, -8, 8)):
             weight = of_levels(np.full((16, 1, 260), level, np.int8))
-            contractions.append(matmul(f"m{i}", weight, (2,), zero=255 * i))
+            contractions.append(matmul(f"m{i}", weight, (2,), zero=255 * (i % 2)))
         check(cases_of(contractions, values), parse_target(name))
 
 
@@ -130,6 +130,18 @@ def test_the_inner_loop_is_dot_products_only() -> None:
     loop = max(blocks, key=lambda block: block.count("vpdpbusd"))
     names = set(re.findall(r"^\t(v\w+)", loop, re.MULTILINE))
     assert names <= {"vpdpbusd", "vpbroadcastd", "vmovdqa64", "vmovdqu64", "vmovups", "vmovaps"}, names
+
+
+@pytest.mark.parametrize(("bits", "pairs", "wholes"), [(8, 0, 2), (7, 1, 1), (4, 1, 1 / 8)])
+def test_avx2_multiplies_bytes_where_they_fit_16_bits(bits: int, pairs: float, wholes: float) -> None:
+    """One vpmaddubsw a step and a vpmaddwd at the end of a chain; two vpmaddwd a step for whole bytes."""
+    kind = "bytes" if bits == 8 else "affine"
+    case = reset(RULE, matmul("m", levels(bits, kind, (64, 1, 256)), (64,)))
+    blocks = hot_blocks(compile_cases([case], parse_target("x86:avx2")).assembly(), "vpmaddwd")
+    loop = max(blocks, key=lambda block: block.count("vpmaddwd"))
+    found = [loop.count(name) / max(loop.count("vpmaddubsw"), loop.count("vpmaddwd") / 2)
+             for name in ("vpmaddubsw", "vpmaddwd")]  # fmt: skip
+    assert found == [pairs, wholes]
 
 
 def test_the_rule_declines_with_a_reason() -> None:

@@ -153,3 +153,25 @@ def test_vpmaddubsw_is_refused_where_it_could_saturate() -> None:
     with pytest.raises(InternalError, match="could saturate .*255 by 127"):
         vpmaddubsw.emit(None, None, (255, 127))
     assert [vpmaddubsw.sums(2**bits - 1, 127) for bits in range(1, 9)] == [129, 43, 18, 8, 4, 2, 1, 0]
+
+
+@pytest.mark.parametrize("level", [1, 8, 9, 16, 17, 32, 33, 64, 65, 127])
+def test_a_chain_of_constants_is_the_longest_that_cannot_overflow(level: int) -> None:
+    """All of one level is the worst; one sign more than it takes is a chain less."""
+    for sign in (1, -1):
+        chain = vpmaddubsw.chain_of(np.full((3, 2, 37), sign * level, np.int8), 255)
+        longer = next((length for length in reversed(vpmaddubsw.CHAINS) if length > chain), 0)
+        assert 2 * chain * level * 255 <= 32767 and (not longer or 2 * longer * level * 255 > 32767)
+
+
+def test_a_chain_of_constants_counts_lanes_and_signs_by_themselves() -> None:
+    levels = np.zeros((2, 1, 64), np.int8)
+    levels[1, 0, 32:36] = 127, 1, 1, 127
+    assert vpmaddubsw.chain_of(levels, 255) == 8
+    levels[1, 0, 36:38] = -64, -64
+    assert vpmaddubsw.chain_of(levels, 255) == 8
+    levels[1, 0, 40] = 1
+    assert vpmaddubsw.chain_of(levels, 255) == 2
+    levels[1, 0, 33] = 2
+    assert vpmaddubsw.chain_of(levels, 255) == 0
+    assert vpmaddubsw.chain_of(levels, 127) == 8

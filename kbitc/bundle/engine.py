@@ -30,6 +30,9 @@ _POOLED_ALLOCATOR = 2  # tvm::runtime::memory::AllocatorType
 # VMInstrumentReturnKind: what a watcher answers before a call.
 RUN, SKIP = 0, 1
 _SHARE_CORES = -3  # ThreadGroup::AffinityMode::kSpecifyThreadShareAllCore: threads are not pinned to single cores
+#: How often a worker of TVM's pool looks for work before it sleeps: longer than kernels lie apart. TVM's own number is
+#: 300,000, which exit() waits for too; each look gives the core away, so that a busy machine takes minutes for them.
+_SPINS = ("TVM_THREAD_POOL_SPIN_COUNT", "2000")
 _lock = threading.Lock()
 
 
@@ -77,6 +80,7 @@ def tvm_ffi() -> Any:
     """The module tvm_ffi with libtvm_runtime.so loaded behind it."""
     with _lock, torch_hidden():
         ffi = importlib.import_module("tvm_ffi")
+    os.environ.setdefault(*_SPINS)  # read when the first worker starts
     _load(RUNTIME)
     return ffi
 

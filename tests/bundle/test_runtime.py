@@ -278,3 +278,15 @@ def test_a_large_bundle_loads_at_once(compiled: tiny.Tiny, tmp_path: Path) -> No
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.2
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_workers_without_work_sleep_soon_unless_the_user_says_otherwise(own: str | None) -> None:
+    """Each of TVM's 300,000 looks for work gives the core away: where others want it, exit() waited for minutes."""
+    text = (
+        "import os; from kbitc.bundle.engine import tvm_ffi; tvm_ffi(); print(os.environ['TVM_THREAD_POOL_SPIN_COUNT'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TVM_THREAD_POOL_SPIN_COUNT"}
+    environment |= {} if own is None else {"TVM_THREAD_POOL_SPIN_COUNT": own}
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{own or 2000}\n"

@@ -180,11 +180,16 @@ class _Work:
         return np.asarray(ops.to_view(np.asarray(edit.constant(weight)), self.kinds[name]), np.float32)
 
     def solve(self, name: str, scheme: Any, inputs: InputMoments | None) -> None:
-        """Quantize one weight and note how well that went."""
+        """Quantize one weight and note how well that went.
+
+        Sums that were never negative stay so, as what takes their logarithm or root relies on: such a weight is rounded
+        to the nearest levels, since other solvers make zeros negative where that lessens the error.
+        """
         weight = self.view(name)
-        if name in self.pairs:
+        positive = inputs is not None and inputs.never_negative(weight)
+        if name in self.pairs and not positive:
             weight = self.pairs[name].target(weight)
-        tensor = self.solver.solve(weight, scheme, inputs)
+        tensor = (rtn if positive else self.solver).solve(weight, scheme, inputs)
         self.tensors[name] = tensor
         plain = after = None
         if inputs is not None:
@@ -199,13 +204,15 @@ class _Work:
 
         Only what this weight's own rounding takes from the mean is given back. What comes in from earlier layers is
         theirs to correct: layers of one group are watched together and would each correct it once more. `sequential`
-        sees what they left and corrects it too.
+        sees what they left and corrects it too. Sums that were never negative are not made smaller.
         """
         if BIAS_CORRECTION not in self.method.equalizers or inputs is None or len(reader.nodes) != 1:
             return
         weight, tensor = self.view(reader.tensor), self.tensors[reader.tensor]
         pair = self.pairs.get(reader.tensor)
         amount = bias_correction.shift(weight, tensor, inputs) if pair is None else pair.shift(weight, tensor)
+        if inputs.never_negative(weight):
+            amount = np.maximum(amount, 0)
         if amount.any():
             bias_correction.add_to_bias(self.nodes[reader.nodes[0].name], amount)
 

@@ -42,6 +42,10 @@ class InputMoments:
         """E[x^2], f32 [G, K]: the diagonal of `second`."""
         return np.ascontiguousarray(np.diagonal(self.second, axis1=1, axis2=2))
 
+    def never_negative(self, weight: FloatArray) -> bool:
+        """Whether no number seen and no weight f32 [N, T, C] is below zero, as in a bank of filters over energies."""
+        return bool(np.all(weight >= 0) and np.all(self.mean >= self.mean_abs))
+
     def shrunk(self) -> InputMoments:
         """The same with E[x_i x_j], i != j, times count / (count + K).
 

@@ -84,6 +84,20 @@ def test_the_float_model_stays_as_it_was() -> None:
     assert len(solved.model.graph) > len(made.graph) and list(solved.tensors) == ["w0", "w1", "w2"]
 
 
+@pytest.mark.parametrize("sequential", [False, True])
+def test_sums_that_were_never_negative_stay_so(sequential: bool) -> None:
+    """A bank of filters over energies: what stands behind it takes a logarithm."""
+    bank = np.where(noise(32, 8, seed=5) > 1, np.abs(noise(32, 8)), 0).astype(np.float32)
+    made = model("g (float[n, 32] x) => (float[n, 8] y) { y = MatMul(x, bank) }", {"bank": bank})
+    made.graph[0].name = "filters"
+    energies = [{"x": np.square(feed["x"])} for feed in feeds()]
+    plan, kinds = planned(made, "int4:c")
+    solved = solve_weights(made, plan, kinds, Method("gptq", ("bias_correction",), sequential), energies)
+    quantized = Session(rewrite(solved.model, plan, solved.tensors, kinds))
+    silence = {"x": np.zeros((1, 32), np.float32)}
+    assert all((quantized.run(feed)["y"] >= 0).all() for feed in [silence, *energies])
+
+
 def test_the_account_says_what_the_solver_won() -> None:
     made = small()
     plan, kinds = planned(made)

@@ -73,8 +73,33 @@ def equal(a: Dim, b: Dim) -> bool:
     if not is_static(a) and not is_static(b):
         if a.same_as(b) or tvm_ffi.structural_equal(a, b):
             return True
-        return bool(_analyzer(a, b).can_prove_equal(a, b))
+        return bool(_analyzer(a, b).can_prove_equal(a, b)) or _equal_by_cases(a, b)
     return False
+
+
+def _equal_by_cases(a: Dim, b: Dim) -> bool:
+    """Whether a = b on both sides of one bend of their minima and maxima: min(1, n) + max(n - 1, 0) is n.
+
+    tvm does not tell cases apart by itself. Tried are n < c and n >= c for each symbol n and each constant c > 0.
+    """
+    whole = a + b
+    bends: list[Any] = []
+    constants: set[int] = set()
+    tvm_ffi.structural_walk(whole, ((tirx.Min, tirx.Max), bends.append), order="post")
+    if not bends:
+        return False
+    tvm_ffi.structural_walk(whole, (tirx.IntImm, lambda number: constants.add(abs(int(number.value)))), order="post")
+    analyzer = _analyzer(a, b)
+
+    def holds(condition: Any) -> bool:
+        with analyzer.constraint_scope(condition):
+            return bool(analyzer.can_prove_equal(a, b))
+
+    return any(
+        holds(symbol < constant) and holds(symbol >= constant)
+        for symbol in variables(whole)
+        for constant in sorted(constants - {0})
+    )
 
 
 def never_equal(a: Dim, b: Dim) -> bool:

@@ -91,11 +91,15 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     model = to_channels_last(functions.inline_plain(model.clone()))
     ctx = Context(target, debug_accumulators=debug_accumulators)
     with ctx.builder.function("main"):
-        inputs = _bind_inputs(ctx, model.graph)
-        _raise(_emit_nodes(ctx, model.graph))
-        if debug_accumulators:
-            _debug_integers(ctx, model.graph)
-        outputs = _outputs(ctx, model.graph, inputs)
+        try:
+            inputs = _bind_inputs(ctx, model.graph)
+            _raise(_emit_nodes(ctx, model.graph))
+            if debug_accumulators:
+                _debug_integers(ctx, model.graph)
+            outputs = _outputs(ctx, model.graph, inputs)
+        except BaseException:
+            ctx.builder._end_block()  # TVM would warn of it on standard error
+            raise
         extra = list(ctx.debug_outputs.items())
         parameters = [*(pair[1].var for pair in inputs), *ctx.weight_parameters()]
         results = [*(pair[1].var for pair in outputs), *(var for _, var in extra)]

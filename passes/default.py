@@ -26,6 +26,7 @@ from kbitc.passes.canonicalize.loop_to_scan import LoopToScan
 from kbitc.passes.canonicalize.merge_equal import MergeEqual
 from kbitc.passes.canonicalize.pow_to_mul import PowToMul
 from kbitc.passes.canonicalize.remove_identity import RemoveIdentity
+from kbitc.passes.canonicalize.scan_axes import ScanAxes
 from kbitc.passes.canonicalize.to_float32 import ToFloat32
 from kbitc.passes.canonicalize.translate_contrib import TranslateContrib
 from kbitc.passes.canonicalize.upgrade_opset import UpgradeOpset
@@ -55,6 +56,7 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     FoldConstants(),
     InlineConstantIf(),
     LoopToScan(),
+    ScanAxes(),
     ExpandRecurrent(),
     LiftConstants(),
     RemoveIdentity(),

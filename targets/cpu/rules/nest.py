@@ -14,6 +14,7 @@ import tvm_ffi
 from tvm import tirx
 
 from kbitc.targets.kernels.lets import lower_lets, name_sizes
+from kbitc.targets.lower import dims
 
 Expr = Any
 Var = Any
@@ -131,7 +132,9 @@ def across(extent: Expr, body: Callable[[Expr], Statement], *, repeatable: bool)
     if not repeatable:
         return sequence([main, scalar])
     overlapping = vector(LANES, lambda lane: body(extent - i64(LANES) + lane))
-    tail = tirx.IfThenElse(whole > i64(0), overlapping, scalar)
+    # A branch that is never taken is not written: TVM simplifies sizes inside it until it divides by zero.
+    enough = dims.provably(extent >= i64(LANES))
+    tail = overlapping if enough else tirx.IfThenElse(whole > i64(0), overlapping, scalar)
     return sequence([main, tirx.IfThenElse(rest > i64(0), tail, None)])
 
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tvm_ffi
 from tvm import te, tirx
 
+from kbitc.targets.cpu.rules import nest
 from kbitc.targets.cpu.rules.access import pieces
 from kbitc.targets.cpu.rules.stages import Axis
 from kbitc.targets.kernels import mathfn
+from kbitc.targets.lower import dims
 from tests.support.groups import HERE, NEON, Scheduled
 
 AXIS = tirx.Var("j", "int64")
@@ -229,3 +232,13 @@ def test_code_is_vectors_of_the_target() -> None:
     assert "fmla\tv" in neon and "\texpf" not in neon and "\terff" not in neon
     turned = Scheduled([a], te.compute((48, 64), lambda i, j: a(j, i)), NEON).assembly()
     assert "zip1\tv" in turned
+
+
+def test_a_tail_shorter_than_a_vector_is_not_written_where_there_is_none() -> None:
+    """Inside it TVM simplifies other sizes to 0, as sizes of rows it then divides by."""
+    whole = dims.symbol("n")
+    for extent, conditions in ((dims.minimum(240, whole) + 160, 1), (whole, 2)):
+        found: list[tirx.IfThenElse] = []
+        statement = nest.across(extent, tirx.Evaluate, repeatable=True)
+        tvm_ffi.structural_walk(statement, (tirx.IfThenElse, found.append))
+        assert len(found) == conditions

@@ -12,7 +12,6 @@ import pytest
 from onnx import helper, numpy_helper
 
 import kbitc
-from kbitc.errors import UnsupportedError
 from kbitc.graph.evaluate import Session, evaluate
 from kbitc.graph.functions import without_rounding
 from kbitc.passes.canonicalize import canonicalize
@@ -24,18 +23,18 @@ from tests.support.onnx_text import assert_same, model, noise
 WIDTH, SIZE = 48, 40
 
 
-def backward_sums(axes: str = "") -> str:
+def backward_sums() -> str:
     """Sums of the rows of x so far, from the last to the first; `total` doubles what it was and adds the row."""
-    return f"""
-g (float[T, 3] x, float[3] start) => (float[3] last, float[T, 3] sums) {{
+    return """
+g (float[T, 3] x, float[3] start) => (float[3] last, float[T, 3] sums) {
   scaled = Mul(start, two)
-  last, sums = Scan<num_scan_inputs = 1, scan_input_directions = [1], scan_output_directions = [1]{axes},
-    body = step (float[3] total, float[3] row) => (float[3] next, float[3] seen) {{
+  last, sums = Scan<num_scan_inputs = 1, scan_input_directions = [1], scan_output_directions = [1],
+    body = step (float[3] total, float[3] row) => (float[3] next, float[3] seen) {
       more = Add(row, scaled)
       next = Add(total, more)
       seen = Mul(next, two)
-    }}>(scaled, x)
-}}"""
+    }>(scaled, x)
+}"""
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 64, 100])
@@ -76,10 +75,43 @@ g (float[T, length] x) => (float[length] last, float[S, length] sums) {
         assert_same(expected, dict(zip(expected, runnable(feeds), strict=True)))
 
 
-def test_another_axis_is_refused() -> None:
-    subject = canonicalize(model(backward_sums(", scan_output_axes = [1]"), {"two": np.float32(2)}))
-    with pytest.raises(UnsupportedError, match="Scan along another axis"):
-        run_of(subject)
+@pytest.mark.parametrize(("read", "made", "shape"), [(1, 0, "T, 2, 3"), (-2, 2, "2, 3, T"), (0, -2, "2, T, 3")])
+def test_another_axis(read: int, made: int, shape: str) -> None:
+    """The body sees one element without the axis that is run over."""
+    series = "T, 2, 3" if read == 0 else "2, T, 3"
+    text = f"""
+g (float[{series}] x, float[2, 3] start) => (float[2, 3] last, float[{shape}] sums) {{
+  last, sums = Scan<num_scan_inputs = 1, scan_input_axes = [{read}], scan_output_axes = [{made}],
+    scan_output_directions = [1],
+    body = step (float[2, 3] total, float[2, 3] row) => (float[2, 3] next, float[2, 3] seen) {{
+      next = Add(total, row)
+      seen = Identity(next)
+    }}>(start, x)
+}}"""
+    sizes = (5, 2, 3) if read == 0 else (2, 5, 3)
+    random = np.random.default_rng(0)
+    feeds = {
+        "x": random.integers(-8, 9, sizes).astype(np.float32),
+        "start": random.integers(-8, 9, (2, 3)).astype(np.float32),
+    }
+    expected = evaluate(model(text), feeds)
+    subject = canonicalize(model(text))
+    assert_same(expected, evaluate(subject, feeds))
+    assert_same(expected, dict(zip(expected, run_of(subject)(feeds), strict=True)))
+
+
+def test_another_axis_inside_a_body() -> None:
+    text = """
+g (float[4, 2, 5] x, float[2] start) => (float[4, 2] lasts) {
+  lasts = Scan<num_scan_inputs = 1, body = outer (float[2, 5] part) => (float[2] last) {
+      last = Scan<num_scan_inputs = 1, scan_input_axes = [1],
+        body = inner (float[2] total, float[2] item) => (float[2] next) { next = Add(total, item) }>(start, part)
+    }>(x)
+}"""
+    random = np.random.default_rng(0)
+    feeds = {name: random.integers(-8, 9, shape).astype(np.float32) for name, shape in (("x", (4, 2, 5)), ("start", 2))}
+    expected = evaluate(model(text), feeds)
+    assert_same(expected, dict(zip(expected, run_of(canonicalize(model(text)))(feeds), strict=True)))
 
 
 def recurrent(kind: str) -> onnx.ModelProto:

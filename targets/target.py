@@ -149,6 +149,10 @@ class Target:
         """Kernel rules for contractions in priority order (`RULES` of the family's rules module). Imports tvm."""
         return list(self._rules().RULES)
 
+    def fuses_attention(self) -> bool:
+        """Whether some kernel rule takes attention as a whole."""
+        return any(getattr(rule, "attention", False) for rule in self.contraction_rules())
+
     def schedule_rules(self) -> list[Callable[..., Any]]:
         """Schedule rules in priority order (`SCHEDULE_RULES` of the family's rules module). Imports tvm."""
         return list(self._rules().SCHEDULE_RULES)

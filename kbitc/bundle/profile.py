@@ -24,6 +24,7 @@ Clock = Callable[[], float]
 Call = Mapping[str, Any]
 EMBEDDING = "embedding"
 BATCH_PRODUCT = "batch_matmul"
+ATTENTION = "attention"
 SEVERAL = "several layers"
 
 
@@ -218,5 +219,7 @@ def operations(sample: Sample, call: Call, facts: Mapping[str, Any]) -> int:
     out = prod(sample.shapes[-call["outputs"]])
     if facts["kind"] == BATCH_PRODUCT:
         return int(2 * out * sample.shapes[0][-1])
+    if facts["kind"] == ATTENTION:
+        return int(2 * sample.shapes[1][facts["keys_axis"]] * (prod(sample.shapes[0]) + out))
     _, taps, channels = facts["weight_shape"]
     return int(2 * out * taps * channels)

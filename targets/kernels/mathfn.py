@@ -25,6 +25,8 @@ _LN2_HIGH = 0.693359375
 _LN2_LOW = -2.12194440e-4
 # Cephes expf: (exp(r) - 1 - r) / r^2 on |r| <= ln(2)/2, highest power first.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+# The least float32 whose e^x is no less than 2^-126.
+_EXP_LEAST = -87.33654
 # Cephes logf: (log(1 + f) - f + f^2/2) / f^3 on sqrt(1/2) <= 1 + f < sqrt(2), highest power first.
 _LOG = (
     7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
@@ -140,6 +142,15 @@ def exp(x: Expr) -> Expr:
     rest = (n << _typed(23, "int32", n)) - half + _typed(0x3F800000, "int32", n)
     value = _bits(fraction + constant(1.0, x), "int32") + half
     return names.close(_bits(value, "float32") * _bits(rest, "float32"))
+
+
+def exp_below(x: Expr) -> Expr:
+    """e^x for x <= 0 with the bits of `exp`, but 0 where it is below 2^-126: fewer operations."""
+    names = _Names()
+    x = names(x)
+    n, fraction = _exp_parts(names, x)
+    value = (fraction + constant(1.0, x)) * _power_of_two(n)
+    return names.close(tirx.Select(x < constant(_EXP_LEAST, x), constant(0.0, x), value))
 
 
 def expm1(x: Expr) -> Expr:

@@ -79,6 +79,46 @@ class Requantization:
     high: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor [*lead, rows, channels] lies.
+
+    Attributes:
+        shape: dimensions in memory, the channels last.
+        axes: for each axis of [*lead, rows] its place in `shape`; None repeats the same numbers along it.
+    """
+
+    shape: tuple[Dim, ...]
+    axes: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """softmax(scores) v with scores = q k^T * scale + mask, or q k^T / scale + mask.
+
+    Attributes:
+        lead: leading dimensions of the result, seen as [*lead, M, D].
+        rows, keys, channels, columns: M, N, C and D of q [*lead, M, C], k [*lead, N, C] and v [*lead, N, D].
+        q, k, v, out: where they lie.
+        mask: [*lead, M, N], where it lies; None for none.
+        scale: see above; 1 for none.
+        divide: the scores are divided by it.
+    """
+
+    lead: tuple[Dim, ...]
+    rows: Dim
+    keys: Dim
+    channels: int
+    columns: int
+    q: Place
+    k: Place
+    v: Place
+    out: Place
+    mask: Place | None = None
+    scale: float = 1.0
+    divide: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Contraction:
     """One product of activations with a weight, or of two activations.
@@ -88,6 +128,7 @@ class Contraction:
         conv: x [B, H, W, C * group] by weight [N, T, C] -> [B, OH, OW, N]; channels last.
         embedding: indices int32 or int64 [...] into weight [N, 1, C] -> [..., C]; negative ones count from N.
         batch_matmul: a [..., M, C] by b [..., C, N] -> [..., M, N]; weight is None; leading dims broadcast.
+        attention: q, k, v and the mask if there is one, all as `attention` says; weight is None.
 
     With activation "uint8" everything is integer: uint8 inputs, LevelTensor weights (uint8 b for batch_matmul), and
 
@@ -98,7 +139,7 @@ class Contraction:
     Attributes:
         name: name of the graph node, unique; weights and debug outputs are named after it.
         kind: see above.
-        weight: QTensor, LevelTensor or float32 array seen as [N, T, C]; None for batch_matmul.
+        weight: QTensor, LevelTensor or float32 array seen as [N, T, C]; None for products of activations.
         activation: "int8" quantizes the activation at run time (kbitc::DynamicQuantize), "float32" does not;
             "uint8" are codes of a static graph.
         x_shape: shape of the first input, ints or int64 tvm expressions.
@@ -116,10 +157,11 @@ class Contraction:
         x_zero: zero point of the first input when activation is "uint8".
         b_zero: zero point of the second input of such a batch_matmul.
         requantize: makes the result uint8; only when activation is "uint8". None leaves it int32 there.
+        attention: what is computed when kind is "attention".
     """
 
     name: str
-    kind: Literal["matmul", "conv", "embedding", "batch_matmul"]
+    kind: Literal["matmul", "conv", "embedding", "batch_matmul", "attention"]
     weight: QTensor | LevelTensor | FloatWeight | None
     activation: Literal["float32", "int8", "uint8"]
     x_shape: tuple[Dim, ...]
@@ -135,6 +177,7 @@ class Contraction:
     x_zero: int = 0
     b_zero: int = 0
     requantize: Requantization | None = None
+    attention: Attention | None = None
 
     @property
     def out_dtype(self) -> str:

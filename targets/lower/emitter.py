@@ -21,6 +21,7 @@ from kbitc.graph import functions
 from kbitc.graph.edit import describe
 from kbitc.graph.evaluate import run_node
 from kbitc.targets.lower import dims, dtypes, known
+from kbitc.targets.lower.attention import fuse_attention
 from kbitc.targets.lower.context import Context, DependsOnFailure, node_name
 from kbitc.targets.lower.contraction import Dim, RelaxExpr
 from kbitc.targets.lower.layout import to_channels_last
@@ -88,7 +89,7 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     Raises:
         UnsupportedError: names every node that cannot be emitted.
     """
-    model = to_channels_last(functions.inline_plain(model.clone()))
+    model = _laid_out(functions.inline_plain(model.clone()), target)
     ctx = Context(target, debug_accumulators=debug_accumulators)
     with ctx.builder.function("main"):
         try:
@@ -121,10 +122,16 @@ def check_lowerable(model: ir.Model, target: Target) -> None:
     Raises:
         UnsupportedError: one error that names every node that cannot be emitted.
     """
-    model = to_channels_last(model.clone())
+    model = _laid_out(model.clone(), target)
     ctx = Context(target, dry=True)
     _bind_inputs(ctx, model.graph)
     _raise(_emit_nodes(ctx, model.graph))
+
+
+def _laid_out(model: ir.Model, target: Target) -> ir.Model:
+    """The graph as the rules of the target want it, rewritten in place."""
+    model = to_channels_last(model)
+    return fuse_attention(model) if target.fuses_attention() else model
 
 
 def emit_graph(ctx: Context, graph: ir.Graph) -> None:

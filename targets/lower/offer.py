@@ -174,4 +174,5 @@ def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[di
         "rule": rule,
         "declined": declined,
         "conv": None if contraction.conv is None else asdict(contraction.conv),
+        "keys_axis": None if contraction.attention is None else contraction.attention.k.axes[-1],
     }

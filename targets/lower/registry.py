@@ -11,6 +11,7 @@ import onnx_ir as ir
 from kbitc.targets.lower.context import Context
 from kbitc.targets.lower.ops import (
     activation,
+    attention,
     contraction,
     conv_transpose,
     convolution,
@@ -37,7 +38,7 @@ FUNCTION_DOMAIN = "kbitc"
 
 
 FAMILIES = (
-    *(elementwise, activation, movement, generate, indexing, contraction, convolution, conv_transpose),
+    *(elementwise, activation, movement, generate, indexing, contraction, attention, convolution, conv_transpose),
     *(einsum, reduce, padding, pool, norm, resize, scan, quantized, integer, integer_nonlinear, integer_product),
 )
 

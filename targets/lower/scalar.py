@@ -79,6 +79,11 @@ erf = function("erf")
 sigmoid = function("sigmoid")
 
 
+def exp_below(x: Expr) -> Expr:
+    """e^x for x <= 0; of float32, results below 2^-126 may be 0."""
+    return named(x, mathfn.exp_below) if dtype_of(x) == "float32" else exp(x)
+
+
 def expm1(x: Expr) -> Expr:
     """e^x - 1."""
     if dtype_of(x) == "float32" and hasattr(mathfn, "expm1"):

@@ -33,6 +33,9 @@ class Compiled:
             raise ValueError(reason)
         ctx = Context(target)
         shapes = [contraction.x_shape, *([] if contraction.b_shape is None else [contraction.b_shape])]
+        if contraction.attention is not None:
+            shapes.append(contraction.attention.v.shape)
+            shapes += [] if contraction.attention.mask is None else [contraction.attention.mask.shape]
         inputs = [relax.Var(f"x{i}", relax.TensorType(tuple(shape), "float32")) for i, shape in enumerate(shapes)]
         with ctx.builder.function("main"):
             with ctx.builder.dataflow():

@@ -13,6 +13,7 @@ from kbitc.errors import InternalError
 from kbitc.targets.cpu.rules.quantized import bordered
 from kbitc.targets.kernels import fdots
 from kbitc.targets.kernels.batch import BatchSpec
+from kbitc.targets.kernels.fattention import make_attention
 from kbitc.targets.kernels.fbatch import make_fbatch, make_transposed
 from kbitc.targets.kernels.fdepthwise import DepthwiseSpec, make_fdepthwise
 from kbitc.targets.kernels.fgemm import FgemmSpec, make_fgemm, pack_bias, pack_float
@@ -104,6 +105,31 @@ class FloatBatchProduct:
         return ctx.call(func, name, [a, b], [(contraction.out_shape, "float32")])
 
 
+@dataclass(frozen=True)
+class FusedAttention:
+    """Attention whose scores stay in a buffer: `kernels/fattention.py`.
+
+    Attributes:
+        attention: the emitter puts attention together for the sake of this rule.
+    """
+
+    name: str = "fused_attention"
+    attention: bool = True
+
+    def match(self, contraction: Contraction, target: Target) -> str | None:
+        """None for every attention."""
+        return None if contraction.kind == "attention" else f"a {contraction.kind} is one product"
+
+    def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
+        """One kernel."""
+        spec = contraction.attention
+        if spec is None:
+            raise InternalError("an attention without its description", where=contraction.name)
+        registers, name = registers_of(ctx.target), "attention"
+        func = cached(ctx, (name, repr(spec), repr(registers)), lambda: make_attention(spec, registers, name))
+        return ctx.call(func, name, list(inputs), [(contraction.out_shape, "float32")])
+
+
 def _few_dots(ctx: EmitContext, spec: BatchSpec, lanes: int, inputs: tuple[RelaxExpr, RelaxExpr]) -> RelaxExpr:
     name = "float_dots"
     func = cached(ctx, (name, repr(spec), str(lanes)), lambda: fdots.make_fdots(spec, lanes, name))
@@ -111,7 +137,7 @@ def _few_dots(ctx: EmitContext, spec: BatchSpec, lanes: int, inputs: tuple[Relax
 
 
 # In order of preference; the reference rule comes after them.
-RULES = (FloatDepthwise(), FloatProduct(), FloatBatchProduct())
+RULES = (FloatDepthwise(), FloatProduct(), FusedAttention(), FloatBatchProduct())
 
 
 def product_kernel(ctx: EmitContext, contraction: Contraction) -> tuple[Any, str]:

@@ -63,7 +63,7 @@ def _softmax_rows(ctx: Context, x: Tensor, logarithm: bool) -> Tensor:
 
         k = te.reduce_axis((0, dims.expression(columns)), "k")
         peak = te.compute((rows,), lambda r: te.max(read(r, k.var), axis=k), name="row_max")
-        parts = te.compute((rows, columns), lambda r, c: scalar.exp(read(r, c) - peak(r)), name="row_exp")
+        parts = te.compute((rows, columns), lambda r, c: scalar.exp_below(read(r, c) - peak(r)), name="row_exp")
         j = te.reduce_axis((0, dims.expression(columns)), "j")
         total = te.compute((rows,), lambda r: te.sum(parts(r, j.var), axis=j), name="row_sum")
 

@@ -100,6 +100,13 @@ def test_function_stays_within_its_bound(function: Any, reference: Any, bound: f
     assert np.array_equal(np.signbit(got[zero]), np.signbit(want[zero])), "the sign of zero"
 
 
+def test_exp_below_has_the_bits_of_exp_down_to_the_normal_numbers_and_then_zero() -> None:
+    x = dense_grid()
+    x = x[~(x > 0)]
+    want = run(mathfn.exp, x)
+    np.testing.assert_array_equal(run(mathfn.exp_below, x), np.where(want < 2.0**-126, np.float32(0), want))
+
+
 @pytest.mark.parametrize(("function", "reference"), [(mathfn.sin, np.sin), (mathfn.cos, np.cos), (mathfn.tan, np.tan)])
 def test_trigonometry_inside_its_range(function: Any, reference: Any) -> None:
     x = dense_grid()

@@ -28,6 +28,8 @@ Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 #: Bytes of moments that are held at once.
 BUDGET = 1 << 29
+#: Bytes of the moments of one weight, at most: sums of up to 16384 products.
+LARGEST = 1 << 31
 #: Rows of one layer that all batches together contribute at most: so many, or so many times K where that is more.
 ROWS = 16384
 ROWS_PER_COLUMN = 16
@@ -56,7 +58,7 @@ class Reader:
 
 
 def readers(nodes: Mapping[str, Sequence[ir.Node]]) -> list[Reader]:
-    """The weights whose inputs can be watched; look-ups and input-dependent padding are left out.
+    """The weights whose inputs can be watched; left out are look-ups, input-dependent padding, and moments over LARGEST.
 
     Args:
         nodes: weight name -> the nodes that use it.
@@ -70,7 +72,7 @@ def readers(nodes: Mapping[str, Sequence[ir.Node]]) -> list[Reader]:
             _, taps, channels = ops.view_shape(kind, tuple(int(dim) for dim in shape))
             groups = ops.conv_group(usable[0]) if usable[0].op_type == "Conv" else 1
             found.append(Reader(tensor, usable, groups, taps * channels))
-    return found
+    return [reader for reader in found if reader.nbytes <= LARGEST]
 
 
 def in_groups(wanted: Sequence[Reader], budget: int = BUDGET, parts: int = 1) -> list[list[Reader]]:

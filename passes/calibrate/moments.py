@@ -58,7 +58,7 @@ class Reader:
 
 
 def readers(nodes: Mapping[str, Sequence[ir.Node]]) -> list[Reader]:
-    """The weights whose inputs can be watched; left out are look-ups, input-dependent padding, and moments over LARGEST.
+    """The weights whose inputs can be watched: no look-ups, no input-dependent padding, and moments up to LARGEST.
 
     Args:
         nodes: weight name -> the nodes that use it.

@@ -77,8 +77,10 @@ def replace(node: Any, names: Sequence[tuple[Var, Expr]]) -> Any:
 
 
 def loop(extent: Expr, body: Callable[[Expr], Statement], kind: Any = None, name: str = "i") -> Statement:
-    """A loop from 0; a serial one of extent 1 is only its body."""
+    """A loop from 0; a serial one of extent 1 is only its body, and one of extent 0 does nothing."""
     kind = tirx.ForKind.SERIAL if kind is None else kind
+    if as_int(extent) == 0:
+        return sequence([])
     if as_int(extent) == 1 and kind != tirx.ForKind.VECTORIZED:
         return body(i64(0))
     variable = tirx.Var(name, "int64")

@@ -20,6 +20,14 @@ def test_a_product_of_no_rows(scheme: str, tmp_path: Path) -> None:
     assert kbitc.load(tmp_path / "model.kbit")({"x": np.zeros((0, 8), np.float32)})["y"].shape == (0, 5)
 
 
+@pytest.mark.parametrize(("given", "made"), [("0, 8", "0, 5"), ("2, 0, 8", "2, 0, 5"), ("0, 3, 8", "0, 3, 5")])
+def test_a_product_of_no_rows_with_codes(given: str, made: str, tmp_path: Path) -> None:
+    message = proto(f"g (float[{given}] x) => (float[{made}] y) {{ y = MatMul(x, w) }}", {"w": noise(8, 5)})
+    kbitc.compile(message, tmp_path / "model.kbit", scheme="int4:b32", activations="dynamic")
+    shape = [int(dim) for dim in given.split(", ")]
+    assert kbitc.load(tmp_path / "model.kbit")({"x": np.zeros(shape, np.float32)})["y"].shape == (*shape[:-1], 5)
+
+
 @pytest.mark.parametrize("scheme", ["float32", "int8:c"])
 def test_a_product_of_no_terms(scheme: str, tmp_path: Path) -> None:
     message = proto("g (float[3, 0] x) => (float[3, 5] y) { y = MatMul(x, w) }", {"w": noise(0, 5)})

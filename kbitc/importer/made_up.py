@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.errors import CalibrationError, ModelError
-from kbitc.graph.edit import constant
+from kbitc.graph.edit import constant, static_shape
 from kbitc.graph.evaluate import Session
 from kbitc.importer.signature import Dim, parse_shape
 
@@ -22,6 +22,8 @@ _OPEN_DIMS = (16, 32, 48, 64, 96, 128, 224, 320, 512, 1024)
 #: The same for images: smaller ones shrink to nothing in a network's last pooling.
 _OPEN_IMAGE_DIMS = (64, 96, 128, 224, 320, 512, 1024, 48, 32, 16)
 _IMAGE_RANK = 4
+#: A table of positions has at most so many rows; strides of what stands between an input and it.
+_LARGEST_ADDED, _STRIDES = 8192, (1, 2, 4)
 _PASS_ON = frozenset(
     "Cast Identity Reshape Unsqueeze Squeeze Expand Transpose Slice Concat Flatten Clip Tile Where Max Min "
     "Split".split()
@@ -49,6 +51,7 @@ def made_up_feeds(model: ir.Model, shapes: Sequence[str] = (), *, seed: int = 0)
         for dim, wanted in zip(_dims(value), bound.get(value.name or "", ()), strict=False):
             if isinstance(dim, str) and isinstance(wanted, int):
                 fixed[dim] = wanted
+    fixed = {**_told_sizes(model), **fixed}
     open_symbols = _open_symbols(model, bound) - set(fixed)
     limits = index_bounds(model)
     if not open_symbols:
@@ -56,7 +59,7 @@ def made_up_feeds(model: ir.Model, shapes: Sequence[str] = (), *, seed: int = 0)
     session = Session(model)
     problem = ""
     image = any(len(_dims(value)) >= _IMAGE_RANK for value in model.graph.inputs)
-    for size in _OPEN_IMAGE_DIMS if image else _OPEN_DIMS:
+    for size in (*(_OPEN_IMAGE_DIMS if image else _OPEN_DIMS), *_added_sizes(model)):
         feeds = _feeds(model, bound, {**dict.fromkeys(sorted(open_symbols), size), **fixed}, limits, seed)
         try:
             session.run(feeds)
@@ -83,6 +86,33 @@ def _open_symbols(model: ir.Model, bound: dict[str, tuple[Dim, ...]]) -> set[str
     return {
         dim for value in model.graph.inputs for dim in _dims(value)[1:] if isinstance(dim, str) and dim not in first
     }
+
+
+def _told_sizes(model: ir.Model) -> dict[str, int]:
+    """Sizes that weights tell of their inputs: channels of a Conv, columns of a MatMul."""
+    told: dict[str, int] = {}
+    for value in model.graph.inputs:
+        dims = _dims(value)
+        for node, index in value.uses():
+            if index or node.op_type not in ("Conv", "MatMul") or node.domain:
+                continue
+            shape = static_shape(node.inputs[1])
+            axis, weight_axis = (1, 1) if node.op_type == "Conv" else (-1, -2)
+            if shape is None or len(shape) < 2 or len(dims) < 2 or not isinstance(dims[axis], str):
+                continue
+            told[str(dims[axis])] = shape[weight_axis] * node.attributes.get_int("group", 1)
+    return told
+
+
+def _added_sizes(model: ir.Model) -> list[int]:
+    """Sizes of tables that are added to values, and these behind one or two strides of 2."""
+    tables = [
+        value.shape
+        for value in model.graph.initializers.values()
+        if value.shape is not None and any(node.op_type == "Add" for node, _ in value.uses())
+    ]
+    sizes = {dim for shape in tables for dim in shape[:-1] if isinstance(dim, int) and 1 < dim <= _LARGEST_ADDED}
+    return [size * stride for size in sorted(sizes) for stride in _STRIDES]
 
 
 def _feeds(

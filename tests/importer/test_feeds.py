@@ -278,3 +278,17 @@ def test_open_dims_get_a_size_with_which_the_model_runs() -> None:
     assert made_up_feeds(subject, ["x=2x1x32x32"])["x"].shape == (2, 1, 32, 32)
     with pytest.raises(CalibrationError, match="--shape"):
         made_up_feeds(model(graph, {"w": noise(1, 1, 1, 1), "m": noise(33, 2)}))
+
+
+def test_made_up_sizes_are_those_that_weights_and_tables_want() -> None:
+    """Channels of a convolution, and as many frames as positions behind a stride of 2."""
+    graph = """g (float[b, channels, frames] x, float[b, width] v) => (float[b, t, 4] y, float[b, 2] z) {
+        c = Conv<strides = [2], pads = [1, 1]>(x, w)
+        rows = Transpose<perm = [0, 2, 1]>(c)
+        y = Add(rows, positions)
+        z = MatMul(v, m)
+    }"""
+    subject = model(graph, {"w": noise(4, 80, 3), "positions": noise(75, 4), "m": noise(33, 2)})
+    feeds = made_up_feeds(subject)
+    assert feeds["x"].shape == (1, 80, 150)
+    assert feeds["v"].shape == (1, 33)

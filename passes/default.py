@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kbitc.passes.base import GraphPass
+from kbitc.passes.canonicalize.clip_codes import ClipCodes
 from kbitc.passes.canonicalize.drop_expand import DropExpand
 from kbitc.passes.canonicalize.expand_composite import ExpandComposite
 from kbitc.passes.canonicalize.expand_contrib import ExpandContrib
@@ -60,6 +61,7 @@ CANONICALIZE_SIMPLIFY: tuple[GraphPass, ...] = (
     ExpandRecurrent(),
     LiftConstants(),
     RemoveIdentity(),
+    ClipCodes(),
     MergeEqual(),
     DropExpand(),
     DecomposeBatchNorm(),

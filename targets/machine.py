@@ -88,6 +88,25 @@ def parse_cpuinfo(text: str) -> frozenset[str]:
 
 
 @functools.cache
+def processor() -> str:
+    """Vendor, family and model of the processor, as "AuthenticAMD 25 17"; empty where /proc/cpuinfo has none."""
+    try:
+        return parse_processor(CPUINFO.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return ""
+
+
+def parse_processor(text: str) -> str:
+    """As `processor`, of the first processor of a /proc/cpuinfo text (of ARM implementer, variant and part)."""
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    for names in (("vendor_id", "cpu family", "model"), ("CPU implementer", "CPU variant", "CPU part")):
+        if all(found.get(name) for name in names):
+            return " ".join(found[name] for name in names)
+    return ""
+
+
+@functools.cache
 def may_use_tiles() -> bool:
     """Whether programs may use AMX tiles here; asks for this process, once. Only where the processor has them.
 

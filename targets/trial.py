@@ -14,6 +14,7 @@ from tvm import relax
 
 from kbitc.bundle.profile import Clock, LayerTimes, clock_of, profile
 from kbitc.bundle.runtime import load_built
+from kbitc.quant.scales import store_scales
 from kbitc.quant.scheme import QuantScheme
 from kbitc.quant.tensor import QTensor, scale_shape
 from kbitc.targets.build import Built, compile_module
@@ -133,10 +134,11 @@ def made_up_weight(scheme: str | None, shape: tuple[int, int, int]) -> QTensor |
     parsed = QuantScheme.parse(scheme)
     data_type = parsed.data_type()
     codes = random.integers(0, 2**data_type.bits, shape).astype(np.uint8)
-    scales = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float16).astype(np.float32)
+    drawn = (random.random(scale_shape(shape, parsed)) + 0.5).astype(np.float32)
+    scales, steps = store_scales(drawn, parsed)
     zeros = random.integers(0, 2**data_type.bits, scales.shape).astype(np.uint8) if parsed.zero_point else None
     offsets = scales if parsed.offset else None
-    return QTensor(codes, scales, zeros, data_type, parsed, offsets=offsets)
+    return QTensor(codes, scales, zeros, data_type, parsed, steps, offsets)
 
 
 def from_facts(facts: Mapping[str, Any], sizes: Mapping[str, int]) -> Contraction | None:

@@ -5,7 +5,11 @@ A schedule changes which register tile computes an output, never the order of it
 ::
 
     {"version": 1, "entries": [{"rule": "integer_product", "target": "x86:avx512vbmi",
-      "shape": "4 bits, 1 rows, 384x1x384", "schedule": {"rows": 4, "tiles": 3, "few_tiles": 4}, "speed": 1.08}]}
+      "shape": "int4:b32, 1 rows, 384x1x384", "schedule": {"rows": 4, "tiles": 3, "few_tiles": 4}, "speed": 1.08,
+      "machine": "AuthenticAMD 25 17"}]}
+
+What is fastest on one processor need not be on another. An entry with a machine is taken only where the compiling
+machine has that model of processor, unless its file is named (`--tuned FILE`).
 """
 
 from __future__ import annotations
@@ -19,6 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kbitc.errors import UsageError
+from kbitc.quant.levels import LevelTensor
+from kbitc.quant.tensor import QTensor
+from kbitc.targets import machine
 
 if TYPE_CHECKING:
     from kbitc.targets.lower.contraction import Contraction
@@ -61,6 +68,7 @@ class Entry:
         shape: class of shapes, from `shape_class`.
         schedule: the fastest.
         speed: how many times as fast as the usual schedule it was.
+        machine: model of the processor that was measured (`machine.processor`); empty for any.
     """
 
     rule: str
@@ -68,6 +76,12 @@ class Entry:
     shape: str
     schedule: Schedule
     speed: float
+    machine: str = ""
+
+    @property
+    def here(self) -> bool:
+        """Whether it was measured on such a processor as this one."""
+        return self.machine in ("", machine.processor())
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -147,6 +161,8 @@ def tuned_file() -> Path:
 def find_tuning(given: Path | None) -> Tuning:
     """The schedules for a compilation: those of a file, or those that ship and over them those of the cache folder.
 
+    Of the latter two only what was measured on such a processor as this one.
+
     Args:
         given: of --tuned; the name "none" for no schedules at all.
 
@@ -158,13 +174,14 @@ def find_tuning(given: Path | None) -> Tuning:
     found = Tuning()
     for file in (SHIPPED, tuned_file()):
         if file.is_file():
-            found = found.merged(read_tuning(file).entries())
+            found = found.merged([entry for entry in read_tuning(file).entries() if entry.here])
     return found
 
 
 def _entry(item: Any, where: str) -> Entry:
     texts = [item.get(key) for key in ("rule", "target", "shape")] if isinstance(item, Mapping) else [None]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(item.get("schedule"), Mapping):
+    measured = item.get("machine", "") if isinstance(item, Mapping) else ""
+    if not all(isinstance(text, str) for text in (*texts, measured)) or not isinstance(item.get("schedule"), Mapping):
         raise UsageError("an entry needs rule, target, shape and schedule", where=where)
     given, speed = dict(item["schedule"]), item.get("speed", 1.0)
     names = {field.name for field in fields(Schedule)}
@@ -173,14 +190,21 @@ def _entry(item: Any, where: str) -> Entry:
         raise UsageError("not a schedule", where=where, got=json.dumps(given)[:80])
     if not all(given[name] for name in ("rows", "tiles", "few_tiles")):
         raise UsageError("a register tile needs at least one row and tile", where=where, got=json.dumps(given)[:80])
-    return Entry(item["rule"], item["target"], item["shape"], Schedule(**given), float(speed))
+    return Entry(item["rule"], item["target"], item["shape"], Schedule(**given), float(speed), measured)
 
 
-def shape_class(bits: int, rows: Sequence[Any], shape: Sequence[int]) -> str:
+def weight_text(weight: Any) -> str:
+    """What a weight [N, T, C] is, in a word: its scheme, or the width of its levels, or float32."""
+    if isinstance(weight, QTensor):
+        return str(weight.scheme)
+    return f"{weight.bits}-bit levels" if isinstance(weight, LevelTensor) else "float32"
+
+
+def shape_class(weight: str, rows: Sequence[Any], shape: Sequence[int]) -> str:
     """The class of a product: of its rows only whether there is one, few, many, or nobody knows before it runs.
 
     Args:
-        bits: of a weight.
+        weight: from `weight_text`.
         rows: dims of the output before the channels.
         shape: of the weight, [N, T, C].
     """
@@ -189,7 +213,7 @@ def shape_class(bits: int, rows: Sequence[Any], shape: Sequence[int]) -> str:
         count = prod(rows)
         which = "1" if count == 1 else "few" if count <= FEW_ROWS else "many"
     n, taps, channels = shape
-    return f"{bits} bits, {which} rows, {n}x{taps}x{channels}"
+    return f"{weight}, {which} rows, {n}x{taps}x{channels}"
 
 
 def scheduled(target: Target, rule: str, contraction: Contraction) -> Target:
@@ -197,6 +221,6 @@ def scheduled(target: Target, rule: str, contraction: Contraction) -> Target:
     weight = contraction.weight
     if not target.tuning or weight is None:
         return target
-    bits = getattr(weight, "bits", FLOAT_BITS)
-    found = target.tuning.find(rule, target.name, shape_class(bits, contraction.out_shape[:-1], weight.shape))
+    shape = shape_class(weight_text(weight), contraction.out_shape[:-1], weight.shape)
+    found = target.tuning.find(rule, target.name, shape)
     return target if found is None else target.with_schedule(found)

@@ -12,13 +12,11 @@ import onnx_ir as ir
 
 from kbitc.errors import InternalError
 from kbitc.graph import edit
-from kbitc.quant.levels import LevelTensor
-from kbitc.quant.tensor import QTensor
 from kbitc.targets.lower.context import Context, node_name
 from kbitc.targets.lower.contraction import RELU, Contraction, PostFunction, RelaxExpr
 from kbitc.targets.lower.unsupported import refuse
 from kbitc.targets.lower.values import Tensor
-from kbitc.targets.tuning import FLOAT_BITS, scheduled
+from kbitc.targets.tuning import FLOAT_BITS, scheduled, weight_text
 
 FloatArray = npt.NDArray[np.float32]
 #: Rules whose loops may run no times. Tiles of nothing are not worth a thought in the others.
@@ -154,18 +152,11 @@ def offer(ctx: Context, node: ir.Node, contraction: Contraction, inputs: Sequenc
 
 def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[dict[str, str]]) -> dict[str, object]:
     weight = contraction.weight
-    scheme = None
-    if weight is not None:
-        scheme = "float32"
-        if isinstance(weight, QTensor):
-            scheme = str(weight.scheme)
-        elif isinstance(weight, LevelTensor):
-            scheme = f"{weight.bits}-bit levels"
     return {
         "name": contraction.name,
         "operator": node.op_type,
         "kind": contraction.kind,
-        "weight": scheme,
+        "weight": None if weight is None else weight_text(weight),
         "bits": None if weight is None else getattr(weight, "bits", FLOAT_BITS),
         "weight_shape": None if weight is None else list(weight.shape),
         "activation": contraction.activation,

@@ -259,3 +259,11 @@ def test_parsing_targets_does_not_import_tvm() -> None:
         "sys.exit(any(m in sys.modules for m in ('tvm', 'tvm_ffi', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_processor_is_vendor_family_and_model() -> None:
+    x86 = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: EPYC\n\nmodel\t: 1\n"
+    assert machine.parse_processor(x86) == "AuthenticAMD 25 17"
+    arm = "processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x3\nCPU part\t: 0xd0c\n\n"
+    assert machine.parse_processor(arm) == "0x41 0x3 0xd0c"
+    assert machine.parse_processor("vendor_id\t: GenuineIntel\n") == "" == machine.parse_processor("bogus")

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 
 from kbitc.errors import UsageError
-from kbitc.targets import tuning
+from kbitc.quant.tensor import QTensor
+from kbitc.targets import machine, tuning
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes
 from kbitc.targets.target import host_runs, parse_target
 from kbitc.targets.trial import Trial, build_trials, made_up_weight, results_of
-from kbitc.targets.tune import FIRST, USUAL, candidates, ratios, search, tune_layers, usual_schedule
-from kbitc.targets.tuning import Entry, Schedule, Tuning, find_tuning, read_tuning, shape_class
+from kbitc.targets.tune import FIRST, FOUND, GAIN, USUAL, candidates, ratios, search, tune_layers, usual_schedule
+from kbitc.targets.tuning import Entry, Schedule, Tuning, find_tuning, read_tuning, scheduled, shape_class
 
-ENTRY = Entry("integer_product", "x86:avx2", "4 bits, 1 rows, 48x1x64", Schedule(2, 1, 3), 1.25)
+ENTRY = Entry("integer_product", "x86:avx2", "int4:b32, 1 rows, 48x1x64", Schedule(2, 1, 3), 1.25)
 HOSTS = [parse_target(name) for name in ("x86:avx2", "x86:avx512vnni", "x86:avx512vbmi")]
 
 
@@ -80,22 +81,25 @@ def test_ratios_are_those_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(("first", "again", "kept"), [(0.5, 0.5, True), (0.5, 1.0, False), (1.0, 0.5, False)])
-def test_what_is_fastest_has_to_be_faster_twice(first: float, again: float, kept: bool) -> None:
+def test_what_is_fastest_has_to_be_faster_again_in_both_orders(first: float, again: float, kept: bool) -> None:
     asked: list[Sequence[Trial]] = []
 
     def timer(trials: Sequence[Trial], target: Any) -> dict[str, list[float]]:
         asked.append(trials)
-        own = first if len(asked) == 1 else again
-        return {trial.name: [own if trial.name == "s3" else 1.0] * 4 for trial in trials}
+        own = (first, again, 0.25)[len(asked) - 1]
+        return {trial.name: [own if trial.name in ("s3", FOUND) else 1.0] * 4 for trial in trials}
 
     target, contraction = parse_target("x86:avx512vnni"), _matmul(64, "int4:b32", "int8")
     entry, tried = search("integer_product", target, contraction, "some", timer)
     assert tried == len(asked[0]) - 2
     assert (entry is not None) is kept
     if entry is not None:
-        assert entry == Entry("integer_product", target.name, "some", asked[0][5].schedule, 1 / again)
+        found = asked[0][5].schedule
+        assert entry == Entry("integer_product", target.name, "some", found, 1 / again, machine.processor())
     if first < 1:
-        assert [trial.name for trial in asked[1]] == [FIRST, USUAL, "s3"]
+        names = [[trial.name for trial in trials] for trials in asked[1:]]
+        assert names == [[FIRST, USUAL, FOUND], [FIRST, FOUND, USUAL]]
+        assert [trials[0].schedule for trials in asked[1:]] == [None, asked[0][5].schedule]
 
 
 def test_equal_layers_are_searched_once_and_unknown_sizes_are_left_out() -> None:
@@ -110,7 +114,7 @@ def test_equal_layers_are_searched_once_and_unknown_sizes_are_left_out() -> None
         return {trial.name: [1.0] for trial in trials}
 
     (found,) = tune_layers(layers, parse_target("x86:avx2"), {"rows": 64}, timer=timer)
-    assert (found["layers"], found["shape"], found["entry"]) == (["a", "b"], "4 bits, any rows, 64x1x64", None)
+    assert (found["layers"], found["shape"], found["entry"]) == (["a", "b"], "int4:b32, any rows, 64x1x64", None)
     assert opened and all(opened)
 
 
@@ -148,6 +152,7 @@ def test_the_cache_goes_over_what_ships_and_none_is_none(tmp_path: Path, monkeyp
     own.parent.mkdir(parents=True)
     monkeypatch.setattr(tuning, "SHIPPED", shipped)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "processor", lambda: "this")
     assert len(find_tuning(None)) == 0
     shipped.write_text(Tuning([ENTRY, replace(ENTRY, rule="float_product")]).text())
     own.write_text(Tuning([replace(ENTRY, schedule=Schedule(6, 1, 1))]).text())
@@ -159,13 +164,71 @@ def test_the_cache_goes_over_what_ships_and_none_is_none(tmp_path: Path, monkeyp
         find_tuning(tmp_path / "missing.json")
 
 
+def test_what_was_measured_on_another_processor_counts_only_where_its_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "processor", lambda: "AuthenticAMD 25 17")
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(tuning, "tuned_file", lambda: tmp_path / "own.json")
+    here, other = replace(ENTRY, rule="a", machine="AuthenticAMD 25 17"), replace(ENTRY, machine="AuthenticAMD 25 33")
+    for file in ("shipped.json", "own.json"):
+        (tmp_path / file).write_text(Tuning([here, other]).text())
+        assert find_tuning(None).entries() == (here,)
+        assert len(find_tuning(tmp_path / file)) == 2
+        (tmp_path / file).unlink()
+
+
+def test_what_ships_is_of_products_that_exist_and_gives_the_same_bits() -> None:
+    """Every entry is read back, was faster, and changes no bit of a smaller product of its scheme."""
+    shipped = read_tuning(tuning.SHIPPED)
+    assert len(shipped) > 0 and shipped.text() == tuning.SHIPPED.read_text(encoding="utf-8")
+    for target_name in {entry.target for entry in shipped.entries()}:
+        target = parse_target(target_name)
+        entries = [entry for entry in shipped.entries() if entry.target == target_name]
+        assert all(entry.rule == "integer_product" and entry.speed >= GAIN and entry.machine for entry in entries)
+        if host_runs(target) is not None:
+            continue
+        picked = {(entry.shape.split(",")[0], entry.schedule): entry for entry in entries}
+        for rows in (1, 21):
+            trials = []
+            for i, (scheme, schedule) in enumerate(picked):
+                contraction = _matmul(rows, scheme, "int8")
+                trials += [Trial(f"u{i}", contraction), Trial(f"s{i}", contraction, schedule)]
+            results = results_of(build_trials(trials, target))
+            for i in range(len(picked)):
+                np.testing.assert_array_equal(results[f"u{i}"], results[f"s{i}"])
+
+
+def test_a_compilation_takes_what_ships(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = read_tuning(tuning.SHIPPED).entries()[0]
+    monkeypatch.setattr(machine, "processor", lambda: entry.machine)
+    monkeypatch.setattr(tuning, "tuned_file", lambda: tmp_path / "none.json")
+    target = parse_target(entry.target).with_tuning(find_tuning(None))
+    scheme, rows, shape = entry.shape.split(", ")
+    n, taps, channels = map(int, shape.split("x"))
+    count: Any = {"1 rows": 1, "few rows": 8, "many rows": 99, "any rows": "rows"}[rows]
+    weight = made_up_weight(scheme, (n, taps, channels))
+    made = Contraction("m", "matmul", weight, "int8", (count, channels), (count, n))
+    assert scheduled(target, entry.rule, made).schedule == entry.schedule
+    assert target.tuning_facts is not None and target.tuning_facts["schedules"] >= 1
+    monkeypatch.setattr(machine, "processor", lambda: "another")
+    assert scheduled(target.with_tuning(find_tuning(None)), entry.rule, made).schedule is None
+
+
+def test_made_up_weights_have_coded_scales() -> None:
+    weight = made_up_weight("int4:b32/i4", (5, 1, 64))
+    assert isinstance(weight, QTensor) and weight.scale_steps is not None
+    assert weight.integer_levels().shape == (5, 1, 64)
+
+
 @pytest.mark.parametrize(
     ("rows", "expected"), [((1,), "1 rows"), ((1, 15), "few rows"), ((4, 4), "many rows"), (("batch", 4), "any rows")]
 )
 def test_classes_of_rows(rows: tuple[Any, ...], expected: str) -> None:
-    assert shape_class(4, rows, (48, 1, 64)) == f"4 bits, {expected}, 48x1x64"
+    assert shape_class("nf4:b64", rows, (48, 1, 64)) == f"nf4:b64, {expected}, 48x1x64"
 
 
 def test_the_database_is_plain_json() -> None:
-    data = json.loads(Tuning([ENTRY]).text())
+    data = json.loads(Tuning([replace(ENTRY, machine="AuthenticAMD 25 17")]).text())
+    assert data["entries"][0]["machine"] == "AuthenticAMD 25 17"
     assert data["entries"][0]["schedule"] == {"rows": 2, "tiles": 1, "few_tiles": 3, "unroll": 0}

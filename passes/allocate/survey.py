@@ -55,6 +55,8 @@ def survey(model: ir.Model) -> list[Candidate]:
         reason = ops.reason_not_quantizable(node) or _reason_of_rows(node)
         if ops.WAVES in weight.name:
             reason = "it is the table of a Fourier transform"
+        if weight.is_graph_output():
+            reason = "it is an output of the model"
         known = found.setdefault(weight.name, (kind, []))
         known[1].append(node)
         if reason is None and known[0] != kind:

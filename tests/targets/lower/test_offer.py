@@ -33,3 +33,12 @@ def test_a_product_of_no_terms(scheme: str, tmp_path: Path) -> None:
     message = proto("g (float[3, 0] x) => (float[3, 5] y) { y = MatMul(x, w) }", {"w": noise(0, 5)})
     with pytest.raises(UnsupportedError, match="no products.*MatMul"):
         kbitc.compile(message, tmp_path / "model.kbit", scheme=scheme, activations="float")
+
+
+def test_a_weight_that_is_an_output_stays_float(tmp_path: Path) -> None:
+    weights = {"table": noise(9, 8), "v": noise(8, 5)}
+    text = "g (int64[n] i) => (float[n, 5] y, float[9, 8] table) { h = Gather(table, i) y = MatMul(h, v) }"
+    report = kbitc.compile(proto(text, weights), tmp_path / "model.kbit", scheme="int8:c")
+    assert [item.entry.tensor for item in report.weights] == ["v"]
+    found = kbitc.load(tmp_path / "model.kbit")({"i": np.array([3, 0])})
+    np.testing.assert_array_equal(found["table"], weights["table"])

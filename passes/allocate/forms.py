@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 
@@ -34,7 +34,7 @@ _MOVES = frozenset("Reshape Transpose Slice Split Squeeze Unsqueeze Flatten Expa
 
 def survey(
     model: ir.Model, tensors: Mapping[str, QTensor], refused: Mapping[str, str], *, integer_only: bool = False,
-    carried: Container[str] = (),
+    carried: Collection[str] = (),
 ) -> dict[ir.Node, Form]:  # fmt: skip
     """The form of every node of the main graph.
 
@@ -57,6 +57,8 @@ def survey(
         form = wide_forms.wide_form(node, form, made) if integer_only else form
         if form.family in INTEGER_ONLY and not integer_only:
             form = declined(f"{node.op_type} is more accurate on floats")
+        if form.family == CONTRACTION and not integer_only and not carried and _before_logarithm(node):
+            form = declined("a logarithm reads its result, and tells the smallest numbers apart")
         bias = bias_node(node) if form.family == CONTRACTION else None
         if bias is not None:
             biases[bias] = node
@@ -65,6 +67,18 @@ def survey(
         if form.output is not None:
             made[form.output] = form
     return found
+
+
+def _before_logarithm(node: ir.Node) -> bool:
+    """Whether every reader of the result is a logarithm, with limits or an addition of a constant in between."""
+    value = node.outputs[0]
+    while (reader := edit.only_use(value)) is not None:
+        if edit.is_op(reader, "Log"):
+            return True
+        if not edit.is_op(reader, "Add", "Clip", "Max") or len(images.data_inputs(reader)) != 1:
+            return False
+        value = reader.outputs[0]
+    return False
 
 
 def _form(

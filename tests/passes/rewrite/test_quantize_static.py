@@ -198,6 +198,22 @@ def test_a_sum_with_a_float_operand_stays_float() -> None:
     assert check_steps(original, made, plan, feeds[0])
 
 
+@pytest.mark.parametrize(
+    ("between", "form"),
+    [
+        ("f = Add(e, guard) y = Log(f)", "float"),
+        ("f = Clip(e, guard) g = Max(f, guard) y = Log(g)", "float"),
+        ("f = Relu(e) y = Sqrt(f)", "integer"),
+        ("f = Add(e, guard) g = Log(f) h = Sub(g, f) y = Neg(h)", "integer"),
+    ],
+)
+def test_a_product_in_front_of_a_logarithm_stays_float(between: str, form: str) -> None:
+    """Energies of filters: a step of the largest is more than all of the small ones."""
+    text = f"g (float[n, 16] x) => (float[n, 4] y) {{ s = Mul(x, x) e = MatMul(s, w) {between} }}"
+    _, _, plan, _ = quantized(text, {"w": np.abs(noise(16, 4)), "guard": np.float32(1e-5)})
+    assert forms(plan)["MatMul"] == form
+
+
 def test_values_that_are_read_both_ways_are_rounded_once() -> None:
     """The sum is an output and is read by a convolution: both see the same codes."""
     graph, weights = between(CASES["add"][0])

@@ -200,7 +200,9 @@ class _Generator:
     def _blocks(self, first: Expr, last: Expr, count: Expr, key_rows: int, value_rows: int) -> None:
         """Blocks of rows, each a multiple of the rows of both tiles; the last one starts early where it must."""
         step = lcm(key_rows, value_rows)
-        most = v.held_index(tirx.min(v.i64(self.block // step * step), tirx.truncdiv(count, v.i64(step)) * step))
+        # Without rows it is no number to divide by.
+        most = tirx.max(tirx.truncdiv(count, v.i64(step)) * step, v.i64(1))
+        most = v.held_index(tirx.min(v.i64(self.block // step * step), most))
 
         def body(i: Expr) -> None:
             left = v.held_index(count - i * most)

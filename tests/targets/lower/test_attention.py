@@ -107,7 +107,7 @@ def test_it_is_put_together_and_the_bits_stay(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(emitter, "fuse_attention", lambda model: model)
     apart = run_of(model, target)
     assert [layer["rule"] for layer in apart.lowered.layers] == ["float_batch_product"] * 2
-    for batch, rows in ((1, 1), (3, 7), (2, 12), (1, 77)) if name == OPEN else ((2, 13),):
+    for batch, rows in ((1, 1), (3, 7), (2, 12), (1, 77), (2, 0), (0, 5)) if name == OPEN else ((2, 13),):
         given = feeds(model, batch, rows)
         np.testing.assert_array_equal(fused(given)[0], apart(given)[0])
 

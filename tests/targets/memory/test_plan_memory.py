@@ -84,6 +84,12 @@ def test_memory_is_near_the_largest_live_set(monkeypatch: pytest.MonkeyPatch, b:
     assert size <= 1.2 * largest_live_set(module, {"b": b, "s": s})
 
 
+def test_fused_attention_has_no_scores_in_memory() -> None:
+    module = lower(model_of(ATTENTION), parse_target("x86:avx2")).module
+    rows = 2048
+    assert largest_live_set(module, {"b": 1, "s": rows}) < 4 * rows * rows
+
+
 def compile_module(module: Any) -> None:
     from kbitc.targets.build import relax_pipeline
 

@@ -112,6 +112,13 @@ def test_of_a_table_only_the_rows_that_are_looked_up_count() -> None:
     assert operations(sample, {"outputs": 1}, facts) == 0
 
 
+def test_attention_multiplies_each_query_by_each_key_and_each_share_by_each_value() -> None:
+    """2 batches of 5 queries, 3 heads, 7 keys, 16 channels, 32 columns."""
+    shapes = ((2, 5, 3, 16), (2, 7, 3, 16), (2, 7, 3, 32), (2, 5, 3, 32))
+    facts = {"kind": "attention", "keys_axis": 1}
+    assert operations(Sample("attention", 1.0, shapes), {"outputs": 1}, facts) == 2 * 2 * 3 * 5 * 7 * (16 + 32)
+
+
 def test_a_product_of_activations_takes_its_depth_from_its_first_operand() -> None:
     sample = Sample("m", 2.0, ((2, 5, 7), (2, 7, 3), (2, 5, 3)), (280, 168, 120), (False,) * 3)
     call = {"kernel": "m", "layers": ["n"], "function": 0, "rule": "float", "outputs": 1, "result": True}

@@ -31,7 +31,7 @@ BIAS_CORRECTION = "bias_correction"
 #: Equalizers that do nothing without calibration data.
 NEED_DATA = ("awq", "norm_outliers", "smoothquant")
 #: Parts into which `sequential` cuts the layers of a model, where it has so many.
-PARTS = 64
+PARTS = 128
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,11 @@
 A solver needs E[x x^T] of a layer's unfolded input, K x K numbers, so all layers of a model at once would be too many.
 Layers are taken in graph order in groups whose moments fit a memory budget, and the model is run once a group.
 
+A row counts for what it holds, but for no more than `LIMIT` mean rows of its batch (`weights`). In language models the
+first token can hold 10^5 times the energy of any other in front of one product (Sun et al., "Massive activations in
+large language models", arXiv 2402.17762): it would be all that a solver sees there, though a normalization behind
+takes its size away again.
+
 Products of 1024 rows are summed in float32, everything beyond in float64, and the batches are taken in the order of
 their SHA-256: the same data in another order give the same bits.
 """
@@ -33,6 +38,10 @@ LARGEST = 1 << 31
 #: Rows of one layer that all batches together contribute at most: so many, or so many times K where that is more.
 ROWS = 16384
 ROWS_PER_COLUMN = 16
+#: Mean rows of its batch, those that count less included, for which one row counts at most.
+LIMIT = 16
+#: Rounds in which that mean is found; each brings it nearer by LIMIT times the share of the rows that count less.
+ROUNDS = 64
 #: Rows that are multiplied in float32 before the sum goes to float64.
 CHUNK = 1024
 
@@ -153,13 +162,17 @@ def _geometry(node: ir.Node) -> tuple[object, ...]:
 
 @dataclass
 class Sums:
-    """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]; peak f32 [G, K]."""
+    """Running sums of one set of rows: second f64 [G, K, K], first and absolute f64 [G, K]; peak f32 [G, K].
+
+    `count` is the number of rows, `weight` the sum of what they count.
+    """
 
     second: npt.NDArray[np.float64]
     first: npt.NDArray[np.float64]
     absolute: npt.NDArray[np.float64]
     peak: npt.NDArray[np.float32]
     count: int = 0
+    weight: float = 0.0
 
     @property
     def size(self) -> int:
@@ -172,22 +185,41 @@ class Sums:
         rows = (groups, size)
         return cls(np.zeros((*rows, size)), np.zeros(rows), np.zeros(rows), np.zeros(rows, np.float32))
 
-    def add(self, found: Array) -> None:
-        """Take in rows f32 [G, rows, K]; rows that are not finite are left out."""
+    def add(self, found: Array, shares: Array | None = None) -> None:
+        """Take in rows f32 [G, rows, K] with what they count f32 [rows]; rows that are not finite are left out."""
         if not np.isfinite(found.sum(dtype=np.float64)):
-            found = found[:, np.isfinite(found).all(axis=(0, 2))]
+            finite = np.isfinite(found).all(axis=(0, 2))
+            found, shares = found[:, finite], None if shares is None else shares[finite]
+        shares = weights(found) if shares is None else shares
         for start in range(0, found.shape[1], CHUNK):
-            part = found[:, start : start + CHUNK]
-            self.second += part.transpose(0, 2, 1) @ part
-            ones = np.ones((1, part.shape[1]), np.float32)
-            self.first += (ones @ part)[:, 0]
+            part, share = found[:, start : start + CHUNK], shares[start : start + CHUNK]
+            scaled = part if (share == 1).all() else part * np.sqrt(share)[:, None]
+            self.second += scaled.transpose(0, 2, 1) @ scaled
+            self.first += (share[None] @ part)[:, 0]
             magnitude = np.abs(part)
-            self.absolute += (ones @ magnitude)[:, 0]
+            self.absolute += (share[None] @ magnitude)[:, 0]
             np.maximum(self.peak, magnitude.max(axis=1), out=self.peak)
             self.count += part.shape[1]
+            self.weight += float(share.sum(dtype=np.float64))
 
     def finish(self) -> InputMoments:
-        """The sums over the number of rows."""
+        """The sums over what the rows count."""
         arrays = (self.second, self.first, self.absolute)
-        second, mean, mean_abs = ((total / self.count).astype(np.float32) for total in arrays)
+        second, mean, mean_abs = ((total / self.weight).astype(np.float32) for total in arrays)
         return InputMoments(second, mean, mean_abs, self.peak, self.count)
+
+
+def weights(found: Array) -> npt.NDArray[np.float32]:
+    """What each of the rows f32 [G, rows, K] of a batch counts, f32 [rows]: 1, or less where it holds too much.
+
+    A row with energy e counts min(1, c / e), where c is LIMIT times the mean of min(e, c). Where one row in LIMIT or
+    more holds that much, nothing is cut.
+    """
+    energy = np.einsum("grk,grk->r", found, found, dtype=np.float64)
+    most = np.inf
+    for _ in range(ROUNDS):
+        lower = LIMIT * np.minimum(energy, most).mean() if energy.size else 0.0
+        if not lower < most:
+            break
+        most = lower
+    return np.asarray(np.divide(most, energy, out=np.ones_like(energy), where=energy > most), np.float32)

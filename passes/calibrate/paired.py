@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from kbitc.passes.calibrate.moments import Reader, Sums, in_fixed_order, row_limit, source_of
+from kbitc.passes.calibrate.moments import Reader, Sums, in_fixed_order, row_limit, source_of, weights
 from kbitc.passes.calibrate.unfold import rows
 from kbitc.passes.calibrate.walk import Walk
 from kbitc.quant.moments import InputMoments
@@ -127,12 +127,14 @@ class _Pairs:
         """Take in rows f32 [G, rows, K] of both models; those that are not finite in either are left out."""
         finite = np.isfinite(before).all(axis=(0, 2)) & np.isfinite(after).all(axis=(0, 2))
         before, after = before[:, finite], after[:, finite]
-        self.after.add(after)
-        self.cross += before.transpose(0, 2, 1).astype(np.float64) @ after
-        self.first += before.sum(axis=1, dtype=np.float64)
+        shares = np.minimum(weights(before), weights(after))
+        self.after.add(after, shares)
+        counted = before * shares[:, None]
+        self.cross += counted.transpose(0, 2, 1).astype(np.float64) @ after
+        self.first += counted.sum(axis=1, dtype=np.float64)
 
     def finish(self, centred: bool) -> Pair:
-        inputs, cross, mean = self.after.finish(), self.cross / self.after.count, self.first / self.after.count
+        inputs, cross, mean = self.after.finish(), self.cross / self.after.weight, self.first / self.after.weight
         if centred:
             other = inputs.mean.astype(np.float64)
             centre = other[:, :, None] * other[:, None, :]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from kbitc.passes.calibrate.moments import Reader, in_groups, moments, readers
+from kbitc.passes.calibrate.moments import LIMIT, Reader, in_groups, moments, readers, weights
 from kbitc.passes.calibrate.stream import stream
 from tests.support.onnx_text import model, noise
 
@@ -61,6 +61,36 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     data[0]["x"][3] = np.inf
     found = moments(made, readers(users(made))[:1], data)
     assert found["a"].count == 6 and np.isfinite(found["a"].second).all()
+
+
+def test_a_row_counts_for_no_more_than_limit_mean_rows() -> None:
+    rows = feeds(1, 256)[0]["x"][None]
+    rows[0, 7] *= 1000
+    share = weights(rows)
+    counted = share * np.square(rows.astype(np.float64)).sum(axis=(0, 2))
+    # The sum of 4 squares in float64, the share rounded to float32.
+    np.testing.assert_allclose(counted[7], LIMIT * counted.mean(), rtol=2 * np.finfo(np.float32).eps)
+    assert (np.delete(share, 7) == 1).all()
+
+
+def test_rows_of_zeros_and_few_rows_count_in_full() -> None:
+    assert (weights(np.zeros((1, 5, 4), np.float32)) == 1).all()
+    rows = np.ones((1, LIMIT, 4), np.float32)
+    rows[0, 0] = 1e6
+    assert (weights(rows) == 1).all()
+
+
+def test_how_huge_a_row_is_does_not_change_the_moments() -> None:
+    made, found = small(), []
+    for size in (1e6, 1e8):
+        data = feeds(1, 256)
+        data[0]["x"][7] *= np.float32(size)
+        found.append(moments(made, readers(users(made))[:1], data)["a"])
+    # Sums of 256 products in float32 and the share rounded to float32, in each of the two.
+    # In the mean the row counts as 1 / size, below that.
+    for name in ("second", "mean", "mean_abs"):
+        one, other = (getattr(each, name) for each in found)
+        np.testing.assert_allclose(one, other, rtol=0, atol=600 * np.finfo(np.float32).eps * np.abs(one).max())
 
 
 def test_groups_respect_the_budget_and_count_equal_inputs_once() -> None:

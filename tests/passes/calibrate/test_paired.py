@@ -81,6 +81,22 @@ def test_rows_that_are_not_finite_are_left_out_of_both() -> None:
     assert got.inputs.count == 511 and np.isfinite(got.cross).all()
 
 
+def test_how_huge_a_row_is_does_not_change_the_shift() -> None:
+    """The first token of a language model: in full it would move the bias of all others."""
+    weight = W.T.reshape(8, 1, 8)
+    tensor = rtn.solve(weight, QuantScheme.parse("int4:b16"))
+    before, after = two_models(U * np.float32(0.9))
+    found = readers({"w": [node for node in before.graph if node.outputs[0].name == "y"]})
+    shifts = []
+    for size in (1e6, 1e8):
+        x = X.copy()
+        x[0] *= np.float32(size)
+        got = paired_moments(before, after, found, Walks([{"x": x}]), first(before), centred=True)["w"]
+        shifts.append(got.shift(weight, tensor))
+    # Means of 512 rows in float32; each holds the huge row's share, up to 16 mean rows.
+    np.testing.assert_allclose(*shifts, rtol=0, atol=1000 * np.finfo(np.float32).eps * np.abs(shifts[0]).max())
+
+
 def test_a_deep_network_of_thin_layers_loses_less() -> None:
     depth = 12
     names = [f"w{index}" for index in range(depth)]

@@ -2,6 +2,7 @@
 
     python examples/accuracy/solvers.py minilm cls rec          3 and 4 bits, blocks of 32, float activations
     python examples/accuracy/solvers.py minilm --peers          the quantizers of peers.py too, where they import
+    python examples/accuracy/solvers.py minilm --peers 'neural-*' --peer-python nc/bin/python --rows   these alone
     python examples/accuracy/solvers.py minilm cls --schemes int4:b64 nf4:b64 fp4:b64 --rows rtn
     python examples/accuracy/solvers.py --table                 print results/solvers.json
 
@@ -15,10 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from peers import PEERS, Write
+from peers import BLOCK, PEERS
 from tasks import TASKS, Task, stream_onnx
 
 from kbitc import driver
@@ -42,7 +45,6 @@ from kbitc.quant.moments import InputMoments
 from kbitc.targets.target import parse_target
 
 RESULTS = Path(__file__).with_name("results") / "solvers.json"
-BLOCK = 32
 #: Name of the row -> options of `kbitc quantize`; "data": whether calibration data are given.
 ROWS: dict[str, dict[str, Any]] = {
     "rtn": {"solver": "rtn"},
@@ -92,8 +94,13 @@ class Kbitc:
         write_model(rewrite(solved.model, plan, solved.tensors, kinds), out)
 
 
-def _peer(write: Write, task: Task, bits: int, out: Path) -> None:
-    write(task, out, bits, BLOCK)
+def _peer(python: str, name: str, peer: str, bits: int, out: Path) -> None:
+    """Run one quantizer of peers.py by an interpreter whose environment has it."""
+    script = str(Path(__file__).with_name("peers.py"))
+    subprocess.run(
+        [python, script, name, peer, "--bits", str(bits), "--out", str(out)],
+        check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
 
 
 def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dict[str, Any]:
@@ -111,8 +118,13 @@ def measure(task: Task, reference: Outputs, make: Callable[[Path], None]) -> dic
     }
 
 
-def compare(name: str, schemes: Sequence[str], bits: Sequence[int], rows: Sequence[str]) -> None:
-    """Measure our `rows` of every scheme and the peers at so many bits; every result is written as it is there."""
+def compare(
+    name: str, schemes: Sequence[str], bits: Sequence[int], rows: Sequence[str], peers: Sequence[str], python: str
+) -> None:
+    """Measure our `rows` of every scheme and `peers` at so many bits; every result is written as it is there.
+
+    `python` is the interpreter that runs the peers.
+    """
     task = TASKS[name]()
     floats = list(stream_onnx(task.model, task.batches))
     reference = first_outputs(floats)
@@ -123,8 +135,8 @@ def compare(name: str, schemes: Sequence[str], bits: Sequence[int], rows: Sequen
         for row in rows:
             jobs[f"{scheme} {row}"] = partial(ours.write, scheme=scheme, row=ROWS[row])
     for width in bits:
-        for peer, write in PEERS.items():
-            jobs[f"{peer}, {width} bits"] = partial(_peer, write, task, width)
+        for peer in peers:
+            jobs[f"{peer}, {width} bits"] = partial(_peer, python, name, peer, width)
     for label, make in jobs.items():
         try:
             keep(name, label, measure(task, reference, make))
@@ -160,17 +172,25 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--bits", type=int, nargs="+", default=[3, 4])
     parser.add_argument("--schemes", nargs="+", metavar="SCHEME", help="in place of int at these bits, blocks of 32")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--peers", action="store_true", help="other quantizers, and ours with zero points too")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument(
+        "--peers", nargs="*", metavar="PATTERN", help="other quantizers (default: all), and ours with zero points too"
+    )
+    parser.add_argument("--peer-python", default=sys.executable, metavar="FILE", help="interpreter that has the peers")
     parser.add_argument("--table", action="store_true", help="print the results that are there")
     arguments = parser.parse_args()
     for name in arguments.tasks:
         if name not in TASKS:
             parser.error(f"unknown task {name!r}")
-    forms = ("int{}:b{}", "uint{}:b{}:zp") if arguments.peers else ("int{}:b{}",)
+    for row in arguments.rows:
+        if row not in ROWS:
+            parser.error(f"unknown row {row!r}")
+    patterns = ["*"] if arguments.peers == [] else arguments.peers or []
+    peers = [peer for peer in PEERS if any(fnmatchcase(peer, pattern) for pattern in patterns)]
+    forms = ("int{}:b{}", "uint{}:b{}:zp") if peers else ("int{}:b{}",)
     schemes = arguments.schemes or [form.format(width, BLOCK) for width in arguments.bits for form in forms]
     for name in arguments.tasks:
-        compare(name, schemes, arguments.bits if arguments.peers else (), arguments.rows)
+        compare(name, schemes, arguments.bits, arguments.rows, peers, arguments.peer_python)
     if arguments.table or not arguments.tasks:
         table()
 

@@ -106,6 +106,14 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
         "calibrated": True,
         "tables": "int8:b32",
     },  # fmt: skip
+    "W3 min gptq sequential, tables W8": {
+        "scheme": "uint3:b32:min",
+        "activations": "float",
+        "solver": "gptq",
+        "sequential": True,
+        "calibrated": True,
+        "tables": "int8:b32",
+    },  # fmt: skip
     "W3 gptq, tables W8": {
         "bits": 3,
         "activations": "float",

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from kbitc.bundle.writer import Compiled
+from kbitc.errors import UnsupportedError
 from kbitc.targets.cpu.codegen import compile_kernels
 from kbitc.targets.link import export_library, find_compiler
 from kbitc.targets.lower.emitter import Lowered, Signature, check_lowerable, lower
@@ -25,6 +26,9 @@ from kbitc.targets.lower.weight_checks import drop_weight_checks
 from kbitc.targets.memory.plan_memory import plan_memory
 from kbitc.targets.rules.base import schedule
 from kbitc.targets.target import Target
+
+#: In what TVM says when its analysis of flat indices over open sizes has no answer.
+UNPROVED = "CanProveDivisible"
 
 # Passes of TVM's pipeline for GPUs and for blocks: CPU kernels reach it without either, and their time, which grows
 # with the nesting of symbolic indices, is up to half of a compilation. MiniLM has the same library bytes without them.
@@ -216,6 +220,7 @@ def compile_module(module: Any, target: Target, dump: Dump | None = None) -> byt
 
     Raises:
         ResourceError: no linker, or for cuda no compiler of kernels.
+        UnsupportedError: for cuda, open sizes that TVM's analysis of memory gives up on.
     """
     if target.device != "cuda":
         return _compiled(module, target, dump)
@@ -235,7 +240,17 @@ def _compiled(module: Any, target: Target, dump: Dump | None) -> bytes:
     if target.device != "cpu":
         tvm_target = tvm.target.Target(target.tvm)
         with tvm_target:
-            return export_library(relax.build(module, tvm_target, relax_pipeline=relax_pipeline()), target)
+            try:
+                built = relax.build(module, tvm_target, relax_pipeline=relax_pipeline())
+            except tvm.error.InternalError as error:
+                if UNPROVED not in str(error):
+                    raise
+                raise UnsupportedError(
+                    "TVM cannot prove how far a kernel reads where sizes are open",
+                    where=str(target),
+                    remedy="fix the sizes of the inputs with --shape",
+                ) from error
+        return export_library(built, target)
     find_compiler(target.machine)
     code = compile_kernels(module, target, relax_pipeline(), IDLE_ON_CPU)
     if dump is not None:

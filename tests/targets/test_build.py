@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+import tvm
 
 from kbitc import driver
+from kbitc.errors import UnsupportedError
 from kbitc.graph.evaluate import evaluate
 from kbitc.importer import load_model
 from kbitc.importer.feeds import sample_feeds
@@ -112,6 +114,18 @@ def test_a_quantized_product_equals_its_onnx_model(scheme: str, activations: str
     weight = np.abs(np.asarray(evaluate(model, {"x": np.eye(C, dtype=np.float32)})["y"]))
     bound = C * np.finfo(np.float32).eps * (np.abs(x) @ weight)
     assert np.all(np.abs(result - expected) <= bound + np.finfo(np.float32).tiny)
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("Check failed: (CanProveDivisible(a, b)) is false", UnsupportedError), ("Check failed", tvm.error.InternalError),
+])  # fmt: skip
+def test_what_tvm_cannot_prove_for_cuda_is_refused(text: str, kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise tvm.error.InternalError(text)
+
+    monkeypatch.setattr(tvm.relax, "build", fail)
+    with pytest.raises(kind, match="--shape" if kind is UnsupportedError else text[:12]):
+        build(float_model(), parse_target("cuda:sm_90"))
 
 
 def test_accumulators_are_the_exact_integer_products() -> None:

@@ -199,7 +199,7 @@ def feeds(model: onnx.ModelProto, seed: int = 0) -> dict[str, Array]:
         shape = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         if value.type.tensor_type.elem_type == TensorProto.FLOAT:
             made[value.name] = random.standard_normal(shape).astype(np.float32)
-        elif value.name == "ids":
+        elif value.name in ("ids", "tokens"):
             made[value.name] = random.integers(0, VOCABULARY, shape)
         else:
             made[value.name] = np.full(shape, int(value.name == "mask"), np.int64)

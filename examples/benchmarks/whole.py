@@ -1,11 +1,13 @@
-"""Whole networks with random weights (networks.py), one thread, batch 1, against onnxruntime and OpenVINO.
+"""Whole networks, SmolLM2-135M and others with random weights (networks.py), against onnxruntime and OpenVINO.
 
-    python examples/benchmarks/whole.py [--only resnet50 mobilenet_v2 bert_base decoder_step] [--rounds 20] [--save]
+    python examples/benchmarks/whole.py [--only resnet50 mobilenet_v2 bert_base decoder_step smollm2] [--rounds 20]
+                                        [--save]
 
-All engines of a network take turns in one process, in the thread whose processor time is measured. onnxruntime runs the
-float model and what its own tools make of it: QDQ with static ranges for the convolutional networks, dynamic int8 for
-BERT, MatMulNBits (block 32, accuracy_level 4) for 4-bit weights. OpenVINO, where it can be imported, runs the float
-model with its precision hint at f32 and its default, and the file of onnxruntime's tool. Writes results/whole.json.
+One thread, batch 1. All engines of a network take turns in one process, and processor time is measured. onnxruntime
+runs the float model and what its own tools make of it: QDQ with static ranges for the convolutional networks, dynamic
+int8 for BERT and SmolLM2, MatMulNBits (block 32, accuracy_level 4) for 4-bit weights. OpenVINO, where it is there,
+runs the float model with its precision hint at f32 and its default, and the files of onnxruntime's tools. Writes
+results/whole.json.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,6 +96,19 @@ def quantize_nbits(source: Path, made: Path) -> None:
     quantizer.model.save_model_to_file(str(made))
 
 
+def smollm2() -> onnx.ModelProto:
+    """SmolLM2-135M on 256 tokens, as examples/accuracy scores it."""
+    examples = Path(__file__).resolve().parent.parent
+    sys.path[:0] = [str(examples), str(examples / "accuracy")]
+    from build_smollm import CONTEXT, NAME
+    from tasks import made_by
+
+    folder = harness.models().fetch("smollm2-135m")
+    model = onnx.load(made_by("accuracy/build_smollm.py", folder / NAME.format(CONTEXT)))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    return model
+
+
 CASES = {
     "resnet50": Case("ResNet-50", networks.resnet50, {"kbitc W8A8 static": STATIC}, {"int8 QDQ": quantize_static}),
     "mobilenet_v2": Case(
@@ -113,6 +129,12 @@ CASES = {
         networks.decoder_step,
         {"kbitc W4A8 dynamic": {"scheme": f"int4:b{BLOCK}"}},
         {"MatMulNBits 4 bits": quantize_nbits},
+    ),
+    "smollm2": Case(
+        "SmolLM2-135M, 256 tokens",
+        smollm2,
+        {"kbitc W8A8 dynamic": {"scheme": "int8:c"}, "kbitc W4A8 dynamic": {"scheme": f"int4:b{BLOCK}"}},
+        {"int8 dynamic": quantize_dynamic, "MatMulNBits 4 bits": quantize_nbits},
     ),
 }
 

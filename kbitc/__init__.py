@@ -52,8 +52,8 @@ def compile(
             keep_onnx: put the quantized ONNX into the bundle, so that `kbitc verify` can compare the module with it.
             solver: how weights are rounded: rtn, mse_clip, gptq, ... (default gptq with calibration data, else rtn).
             equalize: edits of the float graph "A,B" or "none" (default bias_correction with calibration data).
-            sequential: calibrate each layer on the output of quantized ones; by default with static activations and
-                weights of fewer than 8 bits.
+            sequential: calibrate each layer on the output of quantized ones; by default where gptq solves weights of
+                fewer than 8 bits.
             never_slower, tuned: see `kbitc.options.Speed`.
             centre, proxy: see docs/schemes.md.
             plan, write_plan, target_bpw, size_budget, time_budget, max_drop, metric, labels, allocate: see

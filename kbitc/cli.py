@@ -57,7 +57,7 @@ def _quantization(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--sequential/--no-sequential",
             default=None,
-            help="Fit each layer to make up for those quantized before.  [default: static, fewer than 8 bits]",
+            help="Fit each layer to make up for those quantized before.  [default: gptq, fewer than 8 bits]",
         ),
         click.option("--min-sqnr", type=float, metavar="DB", help="Fail (exit 6) when an output is further off."),
         click.option("--dump-dir", type=click.Path(path_type=Path), help="Folder for what each stage leaves."),

@@ -30,7 +30,7 @@ CALIBRATED_SOLVER, DATA_FREE_SOLVER = "gptq", "rtn"
 CALIBRATED_EQUALIZERS = ("bias_correction",)
 #: Before those, where codes of activations have one scale a tensor.
 STATIC_EQUALIZERS = ("norm_outliers",)
-#: Static graphs with weights of fewer bits are solved layer by layer: on 8 bits there is nothing to make up for.
+#: Weights of fewer bits are solved layer by layer: on 8 bits there is nothing to make up for.
 SEQUENTIAL_BELOW = 8
 #: The solver of this name is half of a method; the other half is the equalizer of this name.
 AWQ = "awq"
@@ -142,7 +142,7 @@ class CompileOptions:
         sequential = self.sequential
         if sequential is None:
             narrow = self.scheme is not None and self.scheme.bits < SEQUENTIAL_BELOW
-            sequential = calibrated and narrow and self.activation == UINT8
+            sequential = calibrated and narrow and solver == CALIBRATED_SOLVER
         return Method(solver, equalizers, sequential)
 
     def quickly_solved(self) -> CompileOptions:

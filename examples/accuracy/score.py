@@ -45,6 +45,8 @@ REFERENCE = "onnxruntime float"
 # says that the task's calibration batches are given, `tables` what the task's tables become instead. W: bits of a
 # weight, A: bits of an activation. "mixed": widths by measured sensitivity, together as large as all weights alike.
 OURS = ("calibrated", "tables")
+# "apart": each layer on the float model's inputs, not in sequence.
+APART = {"activations": "float", "solver": "gptq", "sequential": False, "calibrated": True}
 OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     REFERENCE: None,
     "kbitc float": {"scheme": "float32", "activations": "float"},
@@ -61,39 +63,25 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
     "W4A8 dynamic": {"bits": 4, "activations": "dynamic"},
     "W4 mse_clip": {"bits": 4, "activations": "float", "solver": "mse_clip"},
     "W4 gptq": {"bits": 4, "activations": "float", "solver": "gptq", "calibrated": True},
-    "W4 gptq sequential": {
-        "bits": 4,
-        "activations": "float",
-        "solver": "gptq",
-        "sequential": True,
-        "calibrated": True,
-    },  # fmt: skip
-    "W3 gptq sequential": {
-        "bits": 3,
-        "activations": "float",
-        "solver": "gptq",
-        "sequential": True,
-        "calibrated": True,
-    },  # fmt: skip
+    "W4 gptq apart": {"bits": 4, **APART},
+    "W3 gptq apart": {"bits": 3, **APART},
+    "W2 gptq apart": {"bits": 2, **APART},
     "W4 awq": {"bits": 4, "activations": "float", "solver": "awq", "calibrated": True},
     "W4 hqq": {"bits": 4, "activations": "float", "solver": "hqq"},
     "W3 gptq": {"bits": 3, "activations": "float", "solver": "gptq", "calibrated": True},
     "W3 awq": {"bits": 3, "activations": "float", "solver": "awq", "calibrated": True},
     "W3 hqq": {"bits": 3, "activations": "float", "solver": "hqq"},
     "W2 gptq": {"bits": 2, "activations": "float", "solver": "gptq", "calibrated": True},
-    "W2 gptq sequential": {
-        "bits": 2,
-        "activations": "float",
-        "solver": "gptq",
-        "sequential": True,
-        "calibrated": True,
-    },  # fmt: skip
     "W4 uint gptq": {"scheme": "uint4:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
     "W3 uint gptq": {"scheme": "uint3:b32:zp", "activations": "float", "solver": "gptq", "calibrated": True},
+    "W4 uint gptq apart": {"scheme": "uint4:b32:zp", **APART},
     "W4 min": {"scheme": "uint4:b32:min", "activations": "float"},
     "W4 min gptq": {"scheme": "uint4:b32:min", "activations": "float", "solver": "gptq", "calibrated": True},
     "W3 min hqq": {"scheme": "uint3:b32:min", "activations": "float", "solver": "hqq"},
     "W3 min gptq": {"scheme": "uint3:b32:min", "activations": "float", "solver": "gptq", "calibrated": True},
+    "W3 min gptq apart": {"scheme": "uint3:b32:min", **APART},
+    "W3 min gptq apart, tables W8": {"scheme": "uint3:b32:min", **APART, "tables": "int8:b32"},
+    "W3 gptq apart, tables W8": {"bits": 3, **APART, "tables": "int8:b32"},
     "W4 mixed": {"scheme": "int4:b32", "target_bpw": 4.5, "activations": "float", "calibrated": True},
     "W3 mixed": {"scheme": "int3:b32", "target_bpw": 3.5, "activations": "float", "calibrated": True},
     "W2 mixed": {"scheme": "int2:b32", "target_bpw": 2.5, "activations": "float", "calibrated": True},
@@ -103,14 +91,6 @@ OPTIONS: Mapping[str, Mapping[str, Any] | None] = {
         "scheme": "uint3:b32:min",
         "activations": "float",
         "solver": "gptq",
-        "calibrated": True,
-        "tables": "int8:b32",
-    },  # fmt: skip
-    "W3 min gptq sequential, tables W8": {
-        "scheme": "uint3:b32:min",
-        "activations": "float",
-        "solver": "gptq",
-        "sequential": True,
         "calibrated": True,
         "tables": "int8:b32",
     },  # fmt: skip

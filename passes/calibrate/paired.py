@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from kbitc.passes.calibrate.moments import Reader, Sums, in_fixed_order, row_limit, source_of, weights
+from kbitc.passes.calibrate.moments import CHUNK, Reader, Sums, in_fixed_order, row_limit, source_of, weights
 from kbitc.passes.calibrate.unfold import rows
 from kbitc.passes.calibrate.walk import Walk
 from kbitc.quant.moments import InputMoments
@@ -125,13 +125,16 @@ class _Pairs:
 
     def add(self, before: FloatArray, after: FloatArray) -> None:
         """Take in rows f32 [G, rows, K] of both models; those that are not finite in either are left out."""
-        finite = np.isfinite(before).all(axis=(0, 2)) & np.isfinite(after).all(axis=(0, 2))
-        before, after = before[:, finite], after[:, finite]
+        if not np.isfinite(before.sum(dtype=np.float64) + after.sum(dtype=np.float64)):
+            finite = np.isfinite(before).all(axis=(0, 2)) & np.isfinite(after).all(axis=(0, 2))
+            before, after = before[:, finite], after[:, finite]
         shares = np.minimum(weights(before), weights(after))
         self.after.add(after, shares)
-        counted = before * shares[:, None]
-        self.cross += counted.transpose(0, 2, 1).astype(np.float64) @ after
-        self.first += counted.sum(axis=1, dtype=np.float64)
+        for start in range(0, before.shape[1], CHUNK):
+            chunk = slice(start, start + CHUNK)
+            counted = before[:, chunk] * shares[chunk, None]
+            self.cross += counted.transpose(0, 2, 1) @ after[:, chunk]
+            self.first += counted.sum(axis=1, dtype=np.float64)
 
     def finish(self, centred: bool) -> Pair:
         inputs, cross, mean = self.after.finish(), self.cross / self.after.weight, self.first / self.after.weight

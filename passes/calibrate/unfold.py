@@ -58,7 +58,8 @@ def _windows(node: ir.Node, activation: Array) -> Array:
     dilations = node.attributes.get_ints("dilations", (1,) * rank)
     fixed = node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
     pads = node.attributes.get_ints("pads", (0,) * (2 * rank)) if fixed else (0,) * (2 * rank)
-    padded = np.pad(activation, [(0, 0), (0, 0), *((pads[i], pads[rank + i]) for i in range(rank))])
+    rim = [(0, 0), (0, 0), *((pads[i], pads[rank + i]) for i in range(rank))]
+    padded = np.pad(activation, rim) if any(pads) else activation
     spans = tuple((size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True))
     view = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
     places = (slice(None, None, stride) for stride in strides)

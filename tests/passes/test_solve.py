@@ -127,6 +127,8 @@ def test_unknown_names_are_refused(option: str) -> None:
 
 def test_the_defaults_depend_on_calibration() -> None:
     options = from_arguments(bits=4)
-    assert options.method(True) == Method("gptq", ("bias_correction",))
+    assert options.method(True) == Method("gptq", ("bias_correction",), sequential=True)
+    assert from_arguments(bits=8).method(True) == Method("gptq", ("bias_correction",))
+    assert from_arguments(bits=4, sequential=False).method(True) == Method("gptq", ("bias_correction",))
     assert options.method(False) == Method("rtn")
     assert from_arguments(bits=4, solver="mse_clip", equalize="none").method(True) == Method("mse_clip")

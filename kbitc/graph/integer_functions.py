@@ -25,6 +25,8 @@ BLOCK_LEVELS = "BlockLevelsKBit"
 
 #: A multiplier of Requantize is 0 or in [2^30, 2^31), its shift in 1 .. 62.
 MULTIPLIER_BITS = 31
+#: Of these, factors of codes have as many as a float32 number.
+SINGLE_BITS = 24
 MAX_SHIFT = 62
 #: A multiplier of IntegerAdd is at most 2^21 in magnitude, its shift in 1 .. 30: 2 * 255 * 2^21 < 2^30.
 ADD_MULTIPLIER_LIMIT = 1 << 21
@@ -194,3 +196,18 @@ def fixed_point(ratio: float) -> tuple[int, int]:
     if multiplier == 1 << MULTIPLIER_BITS:
         multiplier, shift = multiplier >> 1, shift - 1
     return (multiplier, shift) if shift <= MAX_SHIFT else (0, 1)
+
+
+def code_factor(ratio: float) -> tuple[int, int]:
+    """(multiplier, shift) of Requantize with multiplier / 2^shift next to a ratio >= 0, and a float32 number.
+
+    The multiplier has 24 bits and seven zeros behind them, and the last of the 24 is a one. So the relative error is
+    at most 2^-23 + 2^-31, and acc * multiplier / 2^shift is never in the middle of two integers while |acc| < 2^(shift - 8):
+    kernels may round by one float32 multiply-add (targets/kernels/requantize.py).
+
+    Raises:
+        ValueError: as `fixed_point`.
+    """
+    multiplier, shift = fixed_point(ratio)
+    lost = MULTIPLIER_BITS - SINGLE_BITS
+    return ((multiplier >> (lost + 1) << 1 | 1) << lost if multiplier else 0), shift

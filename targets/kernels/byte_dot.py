@@ -38,6 +38,7 @@ class ByteDot:
         pairs: products of 64 bits are made of the even and of the odd lanes, as vpmuldq does, not of the halves.
         packs: there is `packed`.
         chain: how many results of `narrow` may be added in 16 bits; 0 where there is only `dot`.
+        fused: a float32 multiply-add with one rounding is one instruction.
     """
 
     lanes = 4
@@ -48,6 +49,7 @@ class ByteDot:
     pairs = False
     packs = False
     chain = 0
+    fused = False
 
     @property
     def bytes(self) -> int:
@@ -102,6 +104,7 @@ class Vnni(ByteDot):
     ahead = 8
     pairs = True
     packs = True
+    fused = True
 
     def __init__(self, lanes: int = vpdpbusd.LANES) -> None:
         self.lanes = lanes
@@ -137,6 +140,7 @@ class Maddwd(ByteDot):
     held = 2
     pairs = True
     packs = True
+    fused = True
 
     def levels(self, levels: Expr) -> tuple[Expr, ...]:
         """See `ByteDot.levels`."""
@@ -170,6 +174,7 @@ class Maddubsw(ByteDot):
     registers = 16
     pairs = True
     packs = True
+    fused = True
 
     def __init__(self, chain: int) -> None:
         self.chain = chain
@@ -203,6 +208,7 @@ class Sdot(ByteDot):
     registers = 32
     ahead = 8
     offset = -128
+    fused = True
 
     def levels(self, levels: Expr) -> tuple[Expr, ...]:
         """See `ByteDot.levels`."""

@@ -2,8 +2,13 @@
 
     q = clip(((int64(acc) * multiplier + 2^(shift - 1)) >> shift) + zero, low, high)
 
-Two ways that give the same numbers:
+Three ways that give the same numbers:
 
+    single  one float32 multiply-add, acc * (multiplier / 2^shift) + (1.5 * 2^23 + zero), whose rounding is that of the
+            result, since numbers next to 1.5 * 2^23 are whole; the code is its bits less those of 1.5 * 2^23. A
+            multiplier of 24 bits with the last one set (`fixed_point`) makes that exact: multiplier / 2^shift is a
+            float32, and no product of |acc| < 2^24 lies in the middle of two codes when the shift is 32 or more. Where
+            |acc| is 2^24 and more, a shift of at most 46 (or the bound of the accumulator) makes the code a limit.
     high    all shifts are 32..54: the zero point is added inside, as zero << shift, and only the upper half of the
             64-bit sum is needed: (high32(acc * multiplier + addend) >> (shift - 32)). |acc * multiplier| < 2^62 and
             the addend is below 2^62, so that nothing overflows.
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -21,6 +27,7 @@ import numpy.typing as npt
 from tvm import tirx
 
 from kbitc.quant.packing import GROUP, LANES
+from kbitc.targets.kernels import mathfn
 from kbitc.targets.kernels import vector as v
 from kbitc.targets.kernels.byte_dot import ByteDot
 from kbitc.targets.lower.contraction import Requantization
@@ -28,11 +35,26 @@ from kbitc.targets.lower.contraction import Requantization
 Expr = Any
 Buffer = Any
 Array = npt.NDArray[Any]
+IntArray = npt.NDArray[np.int64]
 HALF = 32
 WHOLE = 255
 MOST_SHIFT = 54  # zero << shift stays below 2^62
-PARTS = ("multiplier", "shift", "addend")
-DTYPES = {"multiplier": "int32", "shift": "int32", "addend": "int64"}
+DTYPES = {"factor": "float32", "multiplier": "int32", "shift": "int32", "addend": "int64"}
+# The single way.
+EXACT_FLOAT = 1 << 24  # integers below are float32 numbers
+MOST_SINGLE_SHIFT = 46  # 2^24 accumulators are 256 codes and more
+LOST_BITS = 7  # a multiplier of 31 bits has 24 that count
+MAGIC, MAGIC_BITS = 1.5 * 2**23, 0x4B400000
+MOST_CODES = 3 << 22  # so many codes below zero the sum with MAGIC would be negative, and its bits no order
+MOST_SUM = 1 << 31
+
+
+class Way(StrEnum):
+    """How codes are made, see above."""
+
+    SINGLE = "single"
+    HIGH = "high"
+    WIDE = "wide"
 
 
 @dataclass(frozen=True)
@@ -40,21 +62,41 @@ class Epilogue:
     """What is fixed in a kernel; the numbers of the channels are arguments (`arrays`).
 
     Attributes:
-        high: the way, see above.
+        way: see above.
         zero, low, high_code: as in `Requantization`.
+        guarded: single way: accumulators may be so large that the sum has to be kept from being negative.
     """
 
-    high: bool
+    way: Way
     zero: int
     low: int
     high_code: int
+    guarded: bool = False
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the arguments."""
+        return ("factor",) if self.way is Way.SINGLE else ("multiplier", "shift", "addend")
 
 
-def epilogue_of(requantize: Requantization) -> Epilogue:
-    """The way that fits the shifts."""
-    _, shift = _normal(requantize)
-    high = bool(np.all((shift >= HALF) & (shift <= MOST_SHIFT)))
-    return Epilogue(high, requantize.zero, requantize.low, requantize.high)
+def epilogue_of(requantize: Requantization, dot: ByteDot, most: IntArray | int = MOST_SUM) -> Epilogue:
+    """The cheapest way that fits the numbers and the instruction set.
+
+    Args:
+        requantize: the numbers.
+        dot: the instruction set.
+        most: the largest magnitude of an accumulator, of each channel or of all.
+    """
+    multiplier, shift = _normal(requantize)
+    zero, low, high = requantize.zero, requantize.low, requantize.high
+    most = np.asarray(most, np.int64)
+    odd = (multiplier & ((2 << LOST_BITS) - 1)) == 1 << LOST_BITS
+    fits = odd & (shift >= HALF) & ((shift <= MOST_SINGLE_SHIFT) | (most < EXACT_FLOAT))
+    if dot.fused and bool(np.all(fits | (multiplier == 0))):
+        codes = most * np.ldexp(multiplier.astype(np.float64), -shift)
+        return Epilogue(Way.SINGLE, zero, low, high, bool(np.any(codes >= MOST_CODES - WHOLE)))
+    upper = bool(np.all((shift >= HALF) & (shift <= MOST_SHIFT)))
+    return Epilogue(Way.HIGH if upper else Way.WIDE, zero, low, high)
 
 
 def _normal(requantize: Requantization) -> tuple[Array, Array]:
@@ -65,24 +107,27 @@ def _normal(requantize: Requantization) -> tuple[Array, Array]:
     return multiplier, np.where(multiplier == 0, HALF, shift)
 
 
-def arrays(requantize: Requantization, places: npt.NDArray[np.int64], dot: ByteDot) -> dict[str, Array]:
+def arrays(way: Epilogue, requantize: Requantization, places: IntArray, dot: ByteDot) -> dict[str, Array]:
     """The arguments of a kernel by name.
 
     Args:
+        way: of the kernel.
         requantize: of N channels, or of all alike.
         places: int64 [tiles * 16], the channel that lies at each place; -1 is padding.
         dot: the instruction set.
 
     Returns:
-        multiplier and shift int32 [tiles * 16], and addend int64 [tiles * 16]; the addends of the even lanes of a
-        register stand before those of its odd lanes where `dot.pairs`. Shifts are less 32 on the high way.
+        Single way: factor f32 [tiles * 16], multiplier / 2^shift.
+        Others: multiplier and shift int32 [tiles * 16], and addend int64 [tiles * 16]. The addends of the even lanes
+        of a register stand before those of its odd lanes where `dot.pairs`. Shifts are less 32 on the high way.
     """
-    way = epilogue_of(requantize)
     multiplier, shift = _normal(requantize)
     own = np.zeros_like(places) if multiplier.size == 1 else np.maximum(places, 0)
     multiplier, shift = multiplier[own], shift[own]
+    if way.way is Way.SINGLE:
+        return {"factor": np.ldexp(multiplier.astype(np.float32), -shift).astype(np.float32)}
     addend = np.int64(1) << (shift - 1)
-    if way.high:
+    if way.way is Way.HIGH:
         addend = addend + (np.int64(way.zero) << shift)
         shift = shift - HALF
         if dot.pairs:
@@ -110,9 +155,12 @@ def prepare(
         int32 vector -> int32 vector of codes, in low..high if they are limited.
     """
     lanes = dot.lanes
+    if way.way is Way.SINGLE:
+        factor = v.bind(v.load(buffers["factor"], [place], lanes))
+        return lambda acc: _single(way, lanes, acc, factor, limited=limited)
     multiplier = v.bind(v.load(buffers["multiplier"], [place], lanes))
     shift = v.bind(v.load(buffers["shift"], [place], lanes))
-    if not way.high:
+    if way.way is Way.WIDE:
         addend = v.bind(v.load(buffers["addend"], [place], lanes))
         return lambda acc: _wide(way, lanes, acc, multiplier, shift, addend)
     half = lanes // 2
@@ -146,6 +194,15 @@ def packed_codes(way: Epilogue, dot: ByteDot, values: Sequence[Expr]) -> Expr:
     return v.bind(bytes_)
 
 
+def _single(way: Epilogue, lanes: int, acc: Expr, factor: Expr, *, limited: bool) -> Expr:
+    """The single way. Behind 2^22 codes the bits still rise with the sum, as long as it is not negative."""
+    sums = mathfn.fma(v.cast(acc, "float32", lanes), factor, v.full(MAGIC + way.zero, "float32", lanes))
+    if way.guarded:
+        sums = tirx.max(v.bind(sums), v.full(0.0, "float32", lanes))
+    moved = v.reinterpret(v.bind(sums), "int32", lanes) - v.full(MAGIC_BITS, "int32", lanes)
+    return clip(v.bind(moved), way.low, way.high_code, "int32", lanes) if limited else moved
+
+
 def _pairs(values: Expr, lanes: int) -> list[Expr]:
     """The even and the odd lanes of an int32 vector, as int64."""
     pairs = v.bind(v.reinterpret(values, "int64", lanes // 2))
@@ -175,7 +232,7 @@ def clip(value: Expr, low: int, high: int, dtype: str, lanes: int) -> Expr:
 
 def arguments(way: Epilogue | None, places: int) -> dict[str, Buffer]:
     """Declare the arguments of an epilogue; none without one."""
-    return {} if way is None else {part: v.argument(part, (places,), DTYPES[part]) for part in PARTS}
+    return {} if way is None else {part: v.argument(part, (places,), DTYPES[part]) for part in way.parts}
 
 
 def channel_places(outputs: int, groups: int) -> npt.NDArray[np.int64]:

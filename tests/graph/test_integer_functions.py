@@ -130,6 +130,16 @@ def test_a_ratio_becomes_the_nearest_multiplier() -> None:
         assert error <= Fraction(1, 1 << (shift + 1))
 
 
+def test_a_factor_of_codes_is_a_float_with_its_last_bit_set() -> None:
+    for ratio in (2.0**28.9, 1.0, 0.5, 1 / 3, 0.1, 1e-6, 2.0**-32, 1 - 2.0**-40, 2.0**-31 * (1 - 2.0**-50)):
+        multiplier, shift = integer.code_factor(ratio)
+        assert 1 << 30 <= multiplier < 1 << 31 and 1 <= shift <= integer.MAX_SHIFT and multiplier % 256 == 128
+        factor = Fraction(multiplier, 1 << shift)
+        assert Fraction(float(np.float32(float(factor)))) == factor
+        assert abs(factor - Fraction(ratio)) <= Fraction(ratio) * (Fraction(1, 1 << 23) + Fraction(1, 1 << 31))
+    assert integer.code_factor(0.0) == (0, 1)
+
+
 def test_a_ratio_that_moves_no_accumulator_is_zero() -> None:
     assert integer.fixed_point(0.0) == integer.fixed_point(2.0**-32.5) == (0, 1)
 

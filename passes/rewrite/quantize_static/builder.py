@@ -151,7 +151,7 @@ class Builder:
     def requantize(self, sums: Sums, value: ir.Value, before: ir.Node, low: int = 0, high: int = 255) -> None:
         """Give `value` codes made from an accumulator; low and high limit them further than their bits do."""
         codes = self.codes_of(value)
-        pairs = [integer.fixed_point(float(scale) / codes.scale) for scale in sums.scales]
+        pairs = [integer.code_factor(float(scale) / codes.scale) for scale in sums.scales]
         multiplier, shift = (np.array(column, np.int32) for column in zip(*pairs, strict=True))
         inputs = [
             sums.value,

@@ -1,7 +1,7 @@
 """Kernel rules for the contractions of integer graphs on x86 and NEON: uint8 codes by constant levels.
 
 The parameters of a weight are `<name>.levels` (packed k-bit codes), `<name>.factors`, `<name>.bias`,
-`<name>.multiplier`, `<name>.shift` and `<name>.addend`.
+`<name>.factor`, or `<name>.multiplier`, `<name>.shift` and `<name>.addend`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from kbitc.targets.kernels.idepthwise import (
 )
 from kbitc.targets.kernels.igemm import IgemmSpec, make_igemm
 from kbitc.targets.kernels.isa import isa_of
-from kbitc.targets.kernels.requantize import PARTS, arrays, channel_places, epilogue_of
+from kbitc.targets.kernels.requantize import MOST_SUM, WHOLE, Epilogue, arrays, channel_places, epilogue_of
 from kbitc.targets.kernels.rows import ConvRows, unknown_size
 from kbitc.targets.lower.contraction import Contraction, ConvAttributes, EmitContext
 from kbitc.targets.rules.product import rows_of
@@ -53,8 +53,8 @@ class CodeProduct:
 
     def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
         """Give the image its border where it has one, then multiply."""
-        weight, spec = _prepared(contraction)
-        dot, isa = byte_dot_of(ctx.target.dot, weight.grid_levels()), isa_of(ctx.target)
+        isa = isa_of(ctx.target)
+        weight, spec, dot = _prepared(contraction, ctx.target)
         name = f"integer_{contraction.kind}"
         func = cached(ctx, (name, repr(spec), isa.name, dot.chain), lambda: make_igemm(spec, dot, isa, name))
         x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
@@ -87,7 +87,7 @@ class CodeDepthwise:
         if not isinstance(rows, ConvRows) or contraction.conv is None:
             raise InternalError("a depthwise product of no image", where=contraction.name)
         n = weight.shape[0]
-        way = None if contraction.requantize is None else epilogue_of(contraction.requantize)
+        way = _epilogue(contraction, dot)
         image, conv, flat = contraction.x_shape[:3], contraction.conv, not exact(n, dot)
         if flat:
             image, conv = (rows.batch, rows.padded_height, rows.padded_width), replace(conv, pads=(0, 0, 0, 0))
@@ -103,7 +103,7 @@ class CodeDepthwise:
             _bordered(ctx, contraction, inputs[0], SLACK) if flat else inputs[0],
             ctx.weight(f"{contraction.name}.levels", pack_taps(by_taps[:, 0], dot)),
             ctx.weight(f"{contraction.name}.bias", at_places(folded_bias(contraction, dot), at)),
-            *epilogue_parameters(ctx, contraction, runs),
+            *epilogue_parameters(ctx, contraction, way, runs),
             *(inputs[:1] if flat and unknown_size(image) else []),
         ]
         return call(ctx, contraction, func, name, given)
@@ -127,8 +127,9 @@ class CodeBatchProduct:
         dot, b_shape = byte_dot(ctx.target.dot), contraction.b_shape
         if b_shape is None:
             raise InternalError("a product of activations without its second shape", where=contraction.name)
-        way = None if contraction.requantize is None else epilogue_of(contraction.requantize)
         *a_lead, rows, channels = contraction.x_shape
+        most = channels * WHOLE * WHOLE if isinstance(channels, int) else MOST_SUM
+        way = None if contraction.requantize is None else epilogue_of(contraction.requantize, dot, most)
         spec = IbatchSpec(
             tuple(a_lead), tuple(b_shape[:-2]), contraction.out_shape[:-2], rows, channels, contraction.out_shape[-1],
             contraction.transpose_b, contraction.x_zero, contraction.b_zero, way, wants_accumulators(contraction),
@@ -140,7 +141,7 @@ class CodeBatchProduct:
         name = "integer_batch_matmul"
         func = cached(ctx, (name, *key), lambda: make_ibatch(spec, dot, name))
         places = np.zeros(LANES, np.int64)
-        given = [inputs[0], *packed, *epilogue_parameters(ctx, contraction, [(places, dot)])]
+        given = [inputs[0], *packed, *epilogue_parameters(ctx, contraction, way, [(places, dot)])]
         return call(ctx, contraction, func, name, given)
 
 
@@ -179,8 +180,19 @@ def level_weight(contraction: Contraction) -> LevelTensor:
     return contraction.weight
 
 
-def _prepared(contraction: Contraction) -> tuple[LevelTensor, IgemmSpec]:
-    """The weight as the kernel sees it, and what the kernel computes.
+def _epilogue(contraction: Contraction, dot: ByteDot) -> Epilogue | None:
+    """How sums of codes by levels become codes; none exceeds |bias| + largest |x - zero| * sum of |level|."""
+    if contraction.requantize is None:
+        return None
+    levels = np.abs(level_weight(contraction).levels().astype(np.int64)).sum(axis=(1, 2))
+    most = levels * max(contraction.x_zero, WHOLE - contraction.x_zero)
+    if contraction.bias is not None:
+        most = most + np.abs(np.asarray(contraction.bias, np.int64))
+    return epilogue_of(contraction.requantize, dot, most)
+
+
+def _prepared(contraction: Contraction, target: Target) -> tuple[LevelTensor, IgemmSpec, ByteDot]:
+    """The weight as the kernel sees it, what the kernel computes, and its dot product.
 
     The taps of a line lie side by side in memory, so a line of taps is one tap of more channels, unless they are
     dilated, or other groups lie between them, or a factor would not cover whole blocks of a line.
@@ -199,6 +211,7 @@ def _prepared(contraction: Contraction) -> tuple[LevelTensor, IgemmSpec]:
             taps, channels = down, across * channels
             line = ConvAttributes((down, 1), conv.strides, conv.pads, (conv.dilations[0], 1))
             weight, rows = weight.seen_as((n, taps, channels)), replace(rows, attributes=line)
+    dot = byte_dot_of(target.dot, weight.grid_levels())
     spec = IgemmSpec(
         rows=rows,
         pixel=pixel,
@@ -209,11 +222,11 @@ def _prepared(contraction: Contraction) -> tuple[LevelTensor, IgemmSpec]:
         bits=weight.bits,
         grid=weight.grid,
         block=weight.block,
-        epilogue=None if contraction.requantize is None else epilogue_of(contraction.requantize),
+        epilogue=_epilogue(contraction, dot),
         accumulators=wants_accumulators(contraction),
         flat=conv is not None and any(conv.pads),
     )
-    return weight, spec
+    return weight, spec, dot
 
 
 def _parameters(
@@ -232,17 +245,20 @@ def _parameters(
     if weight.factors is not None:
         parts = [pack_per_channel(part, spec.outputs) for part in np.split(weight.factors, groups)]
         given.append(ctx.weight(f"{name}.factors", np.concatenate(parts)))
-    return [*given, *epilogue_parameters(ctx, contraction, [(places, dot)])]
+    return [*given, *epilogue_parameters(ctx, contraction, spec.epilogue, [(places, dot)])]
 
 
 def epilogue_parameters(
-    ctx: EmitContext, contraction: Contraction, runs: Sequence[tuple[npt.NDArray[np.int64], ByteDot]]
+    ctx: EmitContext,
+    contraction: Contraction,
+    way: Epilogue | None,
+    runs: Sequence[tuple[npt.NDArray[np.int64], ByteDot]],
 ) -> list[RelaxExpr]:
     """The numbers of the requantization, none without one; for runs of places, each with its registers."""
-    if contraction.requantize is None:
+    if way is None or contraction.requantize is None:
         return []
-    made = [arrays(contraction.requantize, places, dot) for places, dot in runs]
-    return [ctx.weight(f"{contraction.name}.{part}", np.concatenate([run[part] for run in made])) for part in PARTS]
+    made = [arrays(way, contraction.requantize, places, dot) for places, dot in runs]
+    return [ctx.weight(f"{contraction.name}.{part}", np.concatenate([run[part] for run in made])) for part in way.parts]
 
 
 def folded_bias(contraction: Contraction, dot: ByteDot) -> npt.NDArray[np.int32]:

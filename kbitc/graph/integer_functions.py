@@ -202,8 +202,8 @@ def code_factor(ratio: float) -> tuple[int, int]:
     """(multiplier, shift) of Requantize with multiplier / 2^shift next to a ratio >= 0, and a float32 number.
 
     The multiplier has 24 bits and seven zeros behind them, and the last of the 24 is a one. So the relative error is
-    at most 2^-23 + 2^-31, and acc * multiplier / 2^shift is never in the middle of two integers while |acc| < 2^(shift - 8):
-    kernels may round by one float32 multiply-add (targets/kernels/requantize.py).
+    at most 2^-23 + 2^-31, and acc * multiplier / 2^shift is never in the middle of two integers while |acc| is below
+    2^(shift - 8): kernels may round by one float32 multiply-add (targets/kernels/requantize.py).
 
     Raises:
         ValueError: as `fixed_point`.

@@ -45,21 +45,22 @@ FEW_ROWS = 4
 
 def make_attention(spec: Attention, registers: Registers, name: str) -> Any:
     """The PrimFunc: q, k, v, the mask if there is one, out; all float32."""
-    return v.kernel(name, lambda: _Generator(spec, registers).emit())
+    return v.kernel(name, lambda: AttentionKernel(spec, registers).emit())
 
 
 class _Tensor:
     """A tensor of the kernel, flat, with the stride of each leading axis."""
 
-    def __init__(self, name: str, place: Place, dims: v.DimVars) -> None:
+    def __init__(self, name: str, place: Place, dims: v.DimVars, dtype: str) -> None:
+        self.dtype = dtype
         self.shape = tuple(dims(dim) for dim in place.shape)
-        self.argument = v.argument(name, self.shape, "float32")
+        self.argument = v.argument(name, self.shape, dtype)
         self.strides = [0 if axis is None else v.product(self.shape[axis + 1 :]) for axis in place.axes]
         self.buffer: Buffer = None
 
     def flatten(self) -> None:
         """To be called behind the last argument."""
-        self.buffer = v.view(self.argument, (v.product(self.shape),), "float32")
+        self.buffer = v.view(self.argument, (v.product(self.shape),), self.dtype)
 
     @property
     def row_stride(self) -> Dim:
@@ -75,29 +76,36 @@ class _Tensor:
         return v.held_index(offset)
 
 
-class _Generator:
-    """Emits the statements of one kernel."""
+class AttentionKernel:
+    """Emits the statements of one kernel; what codes do otherwise is in `iattention.py`."""
+
+    dtype = "float32"
 
     def __init__(self, spec: Attention, registers: Registers) -> None:
         self.spec = spec
         self.registers = registers
         self.lanes = registers.lanes
         self.value_tiles = -(-spec.columns // LANES)
-        tiles = KEY_TILES if not isinstance(spec.keys, int) else max(1, min(KEY_TILES, -(-spec.keys // LANES)))
-        self.key_tile = registers.shape(tiles)
-        self.value_tile = registers.shape(self.value_tiles)
+        self.key_tile, self.value_tile = self._tile_shapes()
         step = lcm(self.key_tile[0], self.value_tile[0])
         #: Rows whose scores are in the buffer at one time.
         self.block = max(1, BLOCK_ROWS // step) * step
+
+    def _tile_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(rows, 16-column tiles) of the register tiles of both products."""
+        keys = self.spec.keys
+        tiles = KEY_TILES if not isinstance(keys, int) else max(1, min(KEY_TILES, -(-keys // LANES)))
+        return self.registers.shape(tiles), self.registers.shape(self.value_tiles)
 
     def emit(self) -> None:
         """Arguments, then a task for some rows of one head."""
         spec, dims = self.spec, v.DimVars()
         self.q, self.k, self.v = (
-            _Tensor(name, place, dims) for name, place in (("q", spec.q), ("k", spec.k), ("v", spec.v))
+            _Tensor(name, place, dims, self.dtype) for name, place in (("q", spec.q), ("k", spec.k), ("v", spec.v))
         )
-        self.mask = None if spec.mask is None else _Tensor("mask", spec.mask, dims)
-        self.out = _Tensor("out", spec.out, dims)
+        self.mask = None if spec.mask is None else _Tensor("mask", spec.mask, dims, "float32")
+        self._numbers()
+        self.out = _Tensor("out", spec.out, dims, self.dtype)
         lead = tuple(dims(dim) for dim in spec.lead)
         self.rows, self.keys = dims(spec.rows), dims(spec.keys)
         self.key_vectors = quotient(self.keys + (LANES - 1), LANES)
@@ -111,16 +119,17 @@ class _Generator:
             with builder.parallel(v.i64(0), v.i64(v.product(lead) * chunks)) as task:
                 self._task(task, lead, chunks)
 
+    def _numbers(self) -> None:
+        """Arguments between the mask and the result: none."""
+
     def _task(self, task: Expr, lead: Sequence[Dim], chunks: Dim) -> None:
-        spec = self.spec
         head, chunk = v.held_index(tirx.truncdiv(task, v.i64(chunks))), v.held_index(tirx.truncmod(task, v.i64(chunks)))
         indices = _unravel(head, lead)
         self.q_start, self.k_start, self.v_start, self.out_start = (
             tensor.start(indices) for tensor in (self.q, self.k, self.v, self.out)
         )
         self.mask_start = None if self.mask is None else self.mask.start(indices)
-        self.packed = _scratch(self.width * spec.channels)
-        self.scores = _scratch(self.width * self.block)
+        self.scores = scratch(self.width * self.block)
         self._lay_out_keys()
         self._lay_out_values()
         first = v.bind(chunk * TASK_ROWS)
@@ -132,6 +141,7 @@ class _Generator:
     def _lay_out_keys(self) -> None:
         """packed[t, c, j] = k[16 t + j, c]; keys that do not exist repeat the last."""
         lanes, channels = self.lanes, self.spec.channels
+        self.packed = scratch(self.width * channels)
 
         def tile(t: Expr) -> None:
             def part(p: Expr) -> None:
@@ -145,7 +155,7 @@ class _Generator:
                 def square(i: Expr) -> None:
                     c = v.bind(i * lanes)
                     vectors = [v.bind(v.load(self.k.buffer, [start + c], lanes)) for start in starts]
-                    for j, vector in enumerate(_turned(vectors, lanes)):
+                    for j, vector in enumerate(turned(vectors, lanes)):
                         v.store(self.packed, [target + (c + j) * LANES], vector, lanes)
 
                 v.loop(channels // lanes, square)
@@ -165,7 +175,7 @@ class _Generator:
         if isinstance(stride, int) and stride == self.value_width:
             self.values, self.values_start = self.v.buffer, self.v_start
             return
-        self.values, self.values_start = _scratch(self.keys * self.value_width), v.i64(0)
+        self.values, self.values_start = scratch(self.keys * self.value_width), v.i64(0)
 
         def row(n: Expr) -> None:
             source, target = v.bind(self.v_start + n * stride), v.bind(n * self.value_width)
@@ -195,7 +205,8 @@ class _Generator:
             else:
                 v.when(count < v.i64(step), partial(tiled, sizes[1:]), blocks)
 
-        tiled([(self.key_tile[0], self.value_tile[0]), (FEW_ROWS, FEW_ROWS), (1, 1)])
+        sizes = [(self.key_tile[0], self.value_tile[0]), (FEW_ROWS, FEW_ROWS), (1, 1)]
+        tiled(list(dict.fromkeys(sizes)))
 
     def _blocks(self, first: Expr, last: Expr, count: Expr, key_rows: int, value_rows: int) -> None:
         """Blocks of rows, each a multiple of the rows of both tiles; the last one starts early where it must."""
@@ -258,7 +269,7 @@ class _Generator:
     def _masked(self, value: Expr, mask: Expr | None, part: int, real: Expr | None) -> Expr:
         """Scaled, plus the mask; a product that feeds the sum is one fma, as in an elementwise kernel."""
         lanes = self.lanes
-        inside = None if real is None else _lanes_below(real, part * lanes, lanes)
+        inside = None if real is None else lanes_below(real, part * lanes, lanes)
         scale = v.full(self.spec.scale, "float32", lanes)
         if self.spec.divide:
             value = value / scale
@@ -323,10 +334,13 @@ class _Generator:
             v.put(largest, tirx.max(v.get(largest, LANES), value), LANES)
 
         v.loop(self.key_vectors - 1, compare)
-        peak = _held(_tree(v.get(largest, LANES), tirx.max))
+        peak = _held(tree(v.get(largest, LANES), tirx.max))
         chains = CHAINS if not isinstance(self.keys, int) or self.keys >= CHAINS * LANES else 1
         total = self._exponentials(start, peak, chains)
-        inverse = v.bind(v.splat(_held(tirx.const(1.0, "float32") / total), LANES))
+        self._shares(r, start, v.bind(v.splat(_held(tirx.const(1.0, "float32") / total), LANES)))
+
+    def _shares(self, r: Expr, start: Expr, inverse: Expr) -> None:
+        """scores[r] times the inverse."""
 
         def share(i: Expr) -> None:
             at = v.bind(start + i * LANES)
@@ -356,7 +370,7 @@ class _Generator:
         self._behind(v.bind(start + whole * (LANES * chains)), self.key_vectors - whole * chains, chains, update)
         while len(sums) > 1:
             sums = [_joined(low, high) for low, high in zip(sums[0::2], sums[1::2], strict=True)]
-        return _held(_tree(v.get(sums[0], LANES), lambda a, b: a + b))
+        return _held(tree(v.get(sums[0], LANES), lambda a, b: a + b))
 
     def _behind(self, at: Expr, vectors: Dim, chains: int, update: Callable[[Expr, int], None]) -> None:
         """Vectors behind the last whole group: full ones to chains 0, 1, 2, one that is not full to the last chain."""
@@ -379,9 +393,9 @@ def _unravel(index: Expr, dims: Sequence[Dim]) -> list[Expr]:
     return found[::-1]
 
 
-def _scratch(size: Dim) -> Buffer:
+def scratch(size: Dim, dtype: str = "float32") -> Buffer:
     """Memory of the task."""
-    return builder.alloc_buffer((v.i64(size),), "float32", scope="global")
+    return builder.alloc_buffer((v.i64(size),), dtype, scope="global")
 
 
 def _held(value: Expr) -> Expr:
@@ -397,7 +411,7 @@ def _joined(low: Buffer, high: Buffer) -> Buffer:
     return made
 
 
-def _tree(value: Expr, join: Callable[[Expr, Expr], Expr]) -> Expr:
+def tree(value: Expr, join: Callable[[Expr, Expr], Expr]) -> Expr:
     """All lanes as one scalar: lane i with lane i + 8, then + 4, + 2, + 1."""
     lanes = LANES
     while lanes > 1:
@@ -411,13 +425,13 @@ def _part(value: Expr, start: int, count: int) -> Expr:
     return v.bind(tirx.Shuffle([value], [tirx.const(start + i, "int32") for i in range(count)]))
 
 
-def _lanes_below(count: Expr, first: int, lanes: int) -> Expr:
+def lanes_below(count: Expr, first: int, lanes: int) -> Expr:
     """Which of the lanes first, first + 1, ... are below count."""
     lane = tirx.Ramp(tirx.const(first, "int32"), tirx.const(1, "int32"), lanes)
     return lane < v.splat(tirx.Cast("int32", count), lanes)
 
 
-def _turned(vectors: list[Expr], lanes: int) -> list[Expr]:
+def turned(vectors: list[Expr], lanes: int) -> list[Expr]:
     """The columns of a square of vectors: each round lays the first half between the second half."""
     half = lanes // 2
     low = [index for i in range(half) for index in (i, lanes + i)]

@@ -13,7 +13,7 @@ All dimensions may be symbolic.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,12 +136,7 @@ class _Packer:
     def _rows(self, to: Expr, start: Expr, step: Expr) -> None:
         """Four rows of sixteen columns, interleaved byte by byte."""
         rows = [v.bind(v.load(self.b, [start + (step * GROUP + j) * self.columns], LANES)) for j in range(GROUP)]
-        low, high = (_zipped(rows[j], rows[j + 1]) for j in (0, 2))
-        pairs = [v.bind(v.reinterpret(side, "uint16", LANES)) for side in (low, high)]
-        mixed = [pick for lane in range(LANES) for pick in (lane, LANES + lane)]
-        joined = v.bind(tirx.Shuffle(pairs, [tirx.const(pick, "int32") for pick in mixed]))
-        levels = v.reinterpret(joined, "uint8", VECTOR_BYTES) ^ v.full(MIDDLE, "uint8", VECTOR_BYTES)
-        v.store(self.packed, [to + step * VECTOR_BYTES], v.bind(levels), VECTOR_BYTES)
+        v.store(self.packed, [to + step * VECTOR_BYTES], levels_of_rows(rows), VECTOR_BYTES)
 
     def _bytes(self, to: Expr, start: Expr, real: Expr, step: Expr) -> None:
         """One step byte by byte: columns and channels that do not exist are levels of 0."""
@@ -177,6 +172,15 @@ class _Packer:
             total = v.get(held, lanes) + v.splat(more, lanes)
             value = total * v.full(-(spec.a_zero + dot.offset), "int32", lanes)
             v.store(self.added, [task * LANES + p * lanes], v.bind(value), lanes)
+
+
+def levels_of_rows(rows: Sequence[Expr]) -> Expr:
+    """Codes of four rows of 16 columns as levels, the four of a column together: uint8 [64]."""
+    low, high = (_zipped(rows[j], rows[j + 1]) for j in (0, 2))
+    pairs = [v.bind(v.reinterpret(side, "uint16", LANES)) for side in (low, high)]
+    mixed = [pick for lane in range(LANES) for pick in (lane, LANES + lane)]
+    joined = v.bind(tirx.Shuffle(pairs, [tirx.const(pick, "int32") for pick in mixed]))
+    return v.bind(v.reinterpret(joined, "uint8", VECTOR_BYTES) ^ v.full(MIDDLE, "uint8", VECTOR_BYTES))
 
 
 def _zipped(a: Expr, b: Expr) -> Expr:

@@ -2,17 +2,23 @@
 
 Before: Softmax(MatMul(q, Transpose(k)) * scale + mask) by MatMul with v, heads moved by Transposes.
 After: `kbitc.core::Attention(q, k, v, mask)` on what the Transposes read and write; its attributes say how it lies.
+The same of codes: MatMulInteger and DequantizeLinear in place of the first product, QuantizeLinear, MatMulInteger and
+kbitc::Requantize in place of the second; the inputs behind the mask are the numbers of the requantization.
 Keeps: fewer than five queries (their keys are better read where they lie), operands whose channels are not side by
-side, a mask with one number for all keys, sizes of 0, types other than float32, and what others read too.
+side, a mask with one number for all keys, sizes of 0, other types, and what others read too; with codes also channels
+that are no multiple of 16 and steps that are no constant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 import onnx_ir as ir
 
 from kbitc.graph import edit
+from kbitc.graph.functions import DOMAIN as FUNCTIONS
+from kbitc.graph.integer_functions import REQUANTIZE
 from kbitc.targets.lower.layout import CORE_DOMAIN
 
 OPERATOR = "Attention"
@@ -20,6 +26,9 @@ OPERATOR = "Attention"
 MOST_CHANNELS = 256
 #: With so few queries it is faster to read each key once, where it lies.
 FEW_ROWS = 4
+#: Channels of codes come in multiples of that.
+CODE_CHANNELS = 16
+ALL = 3
 
 
 @dataclass
@@ -37,20 +46,44 @@ class _Operand:
 
 @dataclass
 class _Found:
-    """The parts of one attention."""
+    """The scores of one attention: `step` is that of their sums when they are products of codes."""
 
     scores: ir.Node
     scale: float = 1.0
     divide: bool = False
     mask: ir.Value | None = None
-    nodes: list[ir.Node] = field(default_factory=list)
+    step: float | None = None
 
 
-def fuse_attention(model: ir.Model) -> ir.Model:
-    """Rewrite the main graph of a model in place and return the model. Computes the same numbers."""
+@dataclass
+class _Tail:
+    """What follows the softmax; `numbers`, `zeros` and `share` are there when the products are of codes.
+
+    Attributes:
+        product: the second product.
+        result: the node that makes its result.
+        numbers: multiplier, shift and zero point of the requantization.
+        share: scale of the codes of the softmax.
+        limits: low and high of the requantization.
+    """
+
+    product: ir.Node
+    result: ir.Node
+    numbers: tuple[ir.Value | None, ...] = ()
+    share: float | None = None
+    limits: tuple[int, int] = (0, 255)
+
+
+def fuse_attention(model: ir.Model, *, codes: bool = True) -> ir.Model:
+    """Rewrite the main graph of a model in place and return the model. Computes the same numbers.
+
+    Args:
+        model: the graph.
+        codes: also put attention of codes together.
+    """
     changed = False
     for node in list(model.graph):
-        if edit.is_op(node, "Softmax") and _fuse(node):
+        if edit.is_op(node, "Softmax") and _fuse(node, codes):
             changed = True
     if changed:
         model.graph.opset_imports.setdefault(CORE_DOMAIN, 1)
@@ -58,33 +91,74 @@ def fuse_attention(model: ir.Model) -> ir.Model:
     return model
 
 
-def _fuse(softmax: ir.Node) -> bool:
+def _fuse(softmax: ir.Node, codes: bool) -> bool:
     size = edit.rank(softmax.inputs[0])
     if size is None or size < 2 or softmax.attributes.get_int("axis", -1) not in (-1, size - 1):
         return False
-    product = edit.only_use(softmax.outputs[0])
-    if product is None or not edit.is_op(product, "MatMul") or product.inputs[0] is not softmax.outputs[0]:
+    tail, found = _behind(softmax), _scores_of(softmax.inputs[0])
+    if tail is None or found is None or not _mask_fits(found.mask, size):
         return False
-    found = _scores_of(softmax.inputs[0])
-    if found is None or not _mask_fits(found.mask, size):
+    of_codes = tail.share is not None
+    if of_codes != (found.step is not None) or (of_codes and not codes):
         return False
-    q, turned = found.scores.inputs
-    if q is None or turned is None or product.inputs[1] is None:
+    q, turned, values = found.scores.inputs[0], found.scores.inputs[1], tail.product.inputs[1]
+    if q is None or turned is None or values is None or _few_rows(q):
         return False
-    queries, keys, values = _untransposed(q), _untransposed(turned, swap=True), _untransposed(product.inputs[1])
-    if any(operand is None for operand in (queries, keys, values)):
+    operands = [_untransposed(q), _untransposed(turned, swap=True), _untransposed(values)]
+    seen = [operand for operand in operands if operand is not None and _fits(operand, size, of_codes)]
+    if len(seen) < len(operands):
         return False
-    assert queries is not None and keys is not None and values is not None
-    if not all(_fits(operand, size) for operand in (queries, keys, values)) or _few_rows(q):
+    attributes = _code_numbers(found, tail) if of_codes else {}
+    if attributes is None:
         return False
-    last, order = _written(product)
+    last, order = _written(tail.result)
     made = edit.insert_before(
-        product, OPERATOR, [queries.source, keys.source, values.source, found.mask],
-        name=product.name or product.outputs[0].name, domain=CORE_DOMAIN, like=last.outputs[0],
-        q=queries.places, k=keys.places, v=values.places, out=order, scale=found.scale, divide=int(found.divide),
+        tail.result, OPERATOR, [*(operand.source for operand in seen), found.mask, *tail.numbers],
+        name=tail.product.name or tail.product.outputs[0].name, domain=CORE_DOMAIN, like=last.outputs[0],
+        q=seen[0].places, k=seen[1].places, v=seen[2].places, out=order, scale=found.scale, divide=int(found.divide),
+        **attributes,
     )  # fmt: skip
     edit.redirect(last.outputs[0], made)
     return True
+
+
+def _behind(softmax: ir.Node) -> _Tail | None:
+    """The second product: MatMul, or QuantizeLinear, MatMulInteger and Requantize."""
+    user = edit.only_use(softmax.outputs[0])
+    if user is None or user.inputs[0] is not softmax.outputs[0]:
+        return None
+    if edit.is_op(user, "MatMul"):
+        return _Tail(user, user)
+    share = edit.scalar(user.inputs[1]) if edit.is_op(user, "QuantizeLinear") and len(user.inputs) == ALL else None
+    product = edit.only_use(user.outputs[0])
+    if share is None or product is None or not edit.is_op(product, "MatMulInteger"):
+        return None
+    result = edit.only_use(product.outputs[0])
+    first = product.inputs[0] is user.outputs[0] and _number(user, 2) == _number(product, 2)
+    if result is None or not first or (result.domain, result.op_type) != (FUNCTIONS, REQUANTIZE):
+        return None
+    numbers = tuple(result.inputs[1:])
+    if any(edit.scalar(number) is None for number in numbers):
+        return None
+    limits = (result.attributes.get_int("low", 0), result.attributes.get_int("high", 255))
+    return _Tail(product, result, numbers, share, limits)
+
+
+def _code_numbers(found: _Found, tail: _Tail) -> dict[str, Any] | None:
+    """Attributes of an attention of codes; None when a zero point is not one constant number."""
+    zeros = [_number(node, place) for node in (found.scores, tail.product) for place in (2, 3)]
+    known = [zero for zero in zeros if zero is not None]
+    if len(known) < len(zeros):
+        return None
+    low, high = tail.limits
+    return {"zeros": known, "step": found.step, "share": tail.share, "low": low, "high": high}
+
+
+def _number(node: ir.Node, place: int) -> int | None:
+    """A zero point; 0 when it is left out, None when it is not one constant number."""
+    value = node.inputs[place] if place < len(node.inputs) else None
+    number = 0.0 if value is None else edit.scalar(value)
+    return None if number is None else int(number)
 
 
 def _scores_of(value: ir.Value | None) -> _Found | None:
@@ -105,15 +179,27 @@ def _scores_of(value: ir.Value | None) -> _Found | None:
 def _scaled(value: ir.Value | None) -> _Found | None:
     scaling = _made_by(value, "Mul", "Div")
     if scaling is None:
-        product = _made_by(value, "MatMul")
-        return None if product is None else _Found(product)
+        return _product(value)
     divide = scaling.op_type == "Div"
     for place in (0,) if divide else (0, 1):
-        factor, product = edit.scalar(scaling.inputs[1 - place]), _made_by(scaling.inputs[place], "MatMul")
+        factor, found = edit.scalar(scaling.inputs[1 - place]), _product(scaling.inputs[place])
         same = edit.rank(scaling.inputs[place]) == edit.rank(scaling.outputs[0])
-        if factor is not None and product is not None and same:
-            return _Found(product, factor, divide)
+        if factor is not None and found is not None and same:
+            return replace(found, scale=factor, divide=divide)
     return None
+
+
+def _product(value: ir.Value | None) -> _Found | None:
+    """MatMul, or MatMulInteger whose sums become float32 by one constant."""
+    product = _made_by(value, "MatMul")
+    if product is not None:
+        return _Found(product)
+    floats = _made_by(value, "DequantizeLinear")
+    if floats is None or value is None or value.dtype != ir.DataType.FLOAT:
+        return None
+    product, step = _made_by(floats.inputs[0], "MatMulInteger"), edit.scalar(floats.inputs[1])
+    plain = len(floats.inputs) == 2 or floats.inputs[2] is None
+    return _Found(product, step=step) if product is not None and step is not None and plain else None
 
 
 def _made_by(value: ir.Value | None, *kinds: str) -> ir.Node | None:
@@ -154,13 +240,16 @@ def _untransposed(value: ir.Value, swap: bool = False) -> _Operand | None:
     return best
 
 
-def _fits(operand: _Operand, size: int) -> bool:
-    """Whether an operand has the rank of the scores, is float32 and has few channels, their number known."""
+def _fits(operand: _Operand, size: int, codes: bool) -> bool:
+    """Whether an operand has the rank of the scores, the type, and few channels, their number known."""
     source = operand.source
-    if source.shape is None or len(source.shape) != size or source.dtype != ir.DataType.FLOAT:
+    wanted = ir.DataType.UINT8 if codes else ir.DataType.FLOAT
+    if source.shape is None or len(source.shape) != size or source.dtype != wanted:
         return False
     channels = source.shape[-1]
-    return isinstance(channels, int) and 0 < channels <= MOST_CHANNELS and 0 not in source.shape.dims
+    if not isinstance(channels, int) or 0 in source.shape.dims or channels > MOST_CHANNELS:
+        return False
+    return not codes or channels % CODE_CHANNELS == 0
 
 
 def _few_rows(q: ir.Value) -> bool:

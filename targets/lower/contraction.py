@@ -93,6 +93,24 @@ class Place:
 
 
 @dataclass(frozen=True)
+class AttentionCodes:
+    """What is fixed of an attention of codes, beside the requantization of the result.
+
+    Attributes:
+        q_zero, k_zero, v_zero: zero points.
+        step: a score of one step of the sums of products, float32.
+        share_scale, share_zero: of the codes of the softmax.
+    """
+
+    q_zero: int
+    k_zero: int
+    v_zero: int
+    step: float
+    share_scale: float
+    share_zero: int
+
+
+@dataclass(frozen=True)
 class Attention:
     """softmax(scores) v with scores = q k^T * scale + mask, or q k^T / scale + mask.
 
@@ -103,6 +121,10 @@ class Attention:
         mask: [*lead, M, N], where it lies; None for none.
         scale: see above; 1 for none.
         divide: the scores are divided by it.
+        codes: q, k and v are codes, and so is softmax(scores):
+            scores = float32(sum of (q - q_zero) (k - k_zero)) * step, then scale and mask,
+            acc = sum of (QuantizeLinear(softmax(scores), share_scale, share_zero) - share_zero) (v - v_zero).
+            None: all is float32.
     """
 
     lead: tuple[Dim, ...]
@@ -117,6 +139,7 @@ class Attention:
     mask: Place | None = None
     scale: float = 1.0
     divide: bool = False
+    codes: AttentionCodes | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +151,8 @@ class Contraction:
         conv: x [B, H, W, C * group] by weight [N, T, C] -> [B, OH, OW, N]; channels last.
         embedding: indices int32 or int64 [...] into weight [N, 1, C] -> [..., C]; negative ones count from N.
         batch_matmul: a [..., M, C] by b [..., C, N] -> [..., M, N]; weight is None; leading dims broadcast.
-        attention: q, k, v and the mask if there is one, all as `attention` says; weight is None.
+        attention: q, k, v and the mask if there is one, all as `attention` says (the mask is
+            float32); weight is None.
 
     With activation "uint8" everything is integer: uint8 inputs, LevelTensor weights (uint8 b for batch_matmul), and
 

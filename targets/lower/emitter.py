@@ -89,7 +89,7 @@ def lower(model: ir.Model, target: Target, *, debug_accumulators: bool = False) 
     Raises:
         UnsupportedError: names every node that cannot be emitted.
     """
-    model = _laid_out(functions.inline_plain(model.clone()), target)
+    model = _laid_out(functions.inline_plain(model.clone()), target, codes=not debug_accumulators)
     ctx = Context(target, debug_accumulators=debug_accumulators)
     with ctx.builder.function("main"):
         try:
@@ -128,10 +128,10 @@ def check_lowerable(model: ir.Model, target: Target) -> None:
     _raise(_emit_nodes(ctx, model.graph))
 
 
-def _laid_out(model: ir.Model, target: Target) -> ir.Model:
-    """The graph as the rules of the target want it, rewritten in place."""
+def _laid_out(model: ir.Model, target: Target, *, codes: bool = True) -> ir.Model:
+    """The graph as the rules of the target want it, rewritten in place; `codes`: attention of codes may be fused."""
     model = to_channels_last(model)
-    return fuse_attention(model) if target.fuses_attention() else model
+    return fuse_attention(model, codes=codes) if target.fuses_attention() else model
 
 
 def emit_graph(ctx: Context, graph: ir.Graph) -> None:

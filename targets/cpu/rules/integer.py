@@ -18,6 +18,8 @@ from kbitc.quant.levels import LevelTensor
 from kbitc.quant.packing import LANES, UNIT, pack_codes, pack_per_channel
 from kbitc.targets.kernels.border import BorderSpec, make_border
 from kbitc.targets.kernels.byte_dot import ByteDot, byte_dot, byte_dot_of
+from kbitc.targets.kernels.ftile import registers_of
+from kbitc.targets.kernels.iattention import make_code_attention
 from kbitc.targets.kernels.ibatch import IbatchSpec, make_ibatch, make_pack
 from kbitc.targets.kernels.idepthwise import (
     MOST_TAPS,
@@ -145,8 +147,38 @@ class CodeBatchProduct:
         return call(ctx, contraction, func, name, given)
 
 
+@dataclass(frozen=True)
+class CodeAttention:
+    """Attention of codes whose scores stay in a buffer: `kernels/iattention.py`.
+
+    Attributes:
+        attention: the emitter puts attention together for the sake of this rule.
+    """
+
+    name: str = "code_attention"
+    attention: bool = True
+
+    def match(self, contraction: Contraction, target: Target) -> str | None:
+        """None for every attention of codes."""
+        fits = contraction.kind == "attention" and contraction.activation == "uint8"
+        return None if fits else "it is no attention of codes"
+
+    def emit(self, ctx: EmitContext, contraction: Contraction, inputs: Sequence[RelaxExpr]) -> RelaxExpr:
+        """One kernel."""
+        spec, requantize = contraction.attention, contraction.requantize
+        if spec is None or requantize is None:
+            raise InternalError("an attention of codes without its description", where=contraction.name)
+        registers, dot, name = registers_of(ctx.target), byte_dot(ctx.target.dot), "code_attention"
+        most = spec.keys * WHOLE * WHOLE if isinstance(spec.keys, int) else MOST_SUM
+        way = epilogue_of(requantize, dot, most)
+        key = (name, repr(spec), repr(way), repr(registers), ctx.target.dot)
+        func = cached(ctx, key, lambda: make_code_attention(spec, way, registers, dot, name))
+        numbers = epilogue_parameters(ctx, contraction, way, [(np.zeros(LANES, np.int64), dot)])
+        return ctx.call(func, name, [*inputs, *numbers], [(contraction.out_shape, "uint8")])
+
+
 # In order of preference; the reference rule comes after them.
-RULES = (CodeDepthwise(), CodeProduct(), CodeBatchProduct())
+RULES = (CodeDepthwise(), CodeProduct(), CodeBatchProduct(), CodeAttention())
 
 
 def _levels_only(contraction: Contraction) -> str | None:

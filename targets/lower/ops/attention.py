@@ -7,10 +7,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from kbitc.graph import edit
 from kbitc.targets.lower import attributes
 from kbitc.targets.lower.broadcast import is_one, result_shape
 from kbitc.targets.lower.context import Context
-from kbitc.targets.lower.contraction import Attention, Contraction, Dim, Place
+from kbitc.targets.lower.contraction import Attention, AttentionCodes, Contraction, Dim, Place, Requantization
 from kbitc.targets.lower.offer import offer, unique_name
 from kbitc.targets.lower.values import Tensor
 
@@ -30,18 +31,34 @@ def attention(ctx: Context, node: ir.Node) -> Tensor:
     written = list(node.attributes.get_ints("out", ()))
     whole = (*lead, q[-2], v[-1])
     out = Place(tuple(whole[axis] for axis in written), tuple(written.index(axis) for axis in range(len(whole) - 1)))
+    requantize, codes = _numbers(node)
     queries, keys, values = (_place(tensor, order) for tensor, order in zip(given[:3], orders, strict=True))
     what = Attention(
         lead, q[-2], k[-2], int(q[-1]), int(v[-1]), queries, keys, values, out,
         mask=None if mask is None else _mask_place(given[3], len(whole)),
         scale=attributes.float_attribute(node, "scale", 1.0),
         divide=node.attributes.get_int("divide", 0) == 1,
+        codes=codes,
     )  # fmt: skip
     contraction = Contraction(
-        name=unique_name(ctx, node), kind="attention", weight=None, activation="float32", x_shape=given[0].shape,
-        out_shape=out.shape, b_shape=given[1].shape, attention=what,
+        name=unique_name(ctx, node), kind="attention", weight=None, activation="float32" if codes is None else "uint8",
+        x_shape=given[0].shape, out_shape=out.shape, b_shape=given[1].shape, attention=what, requantize=requantize,
     )  # fmt: skip
     return offer(ctx, node, contraction, [tensor.var for tensor in given])
+
+
+def _numbers(node: ir.Node) -> tuple[Requantization | None, AttentionCodes | None]:
+    """The requantization and the other numbers of an attention of codes; None of another."""
+    zeros = node.attributes.get_ints("zeros", ())
+    if not zeros:
+        return None, None
+    multiplier, shift, zero = (edit.constant(value) for value in node.inputs[4:])
+    assert multiplier is not None and shift is not None and zero is not None
+    low, high = node.attributes.get_int("low", 0), node.attributes.get_int("high", 255)
+    requantize = Requantization(multiplier.reshape(-1), shift.reshape(-1), int(zero.reshape(())), low, high)
+    step, share = (attributes.float_attribute(node, name, 1.0) for name in ("step", "share"))
+    q_zero, k_zero, share_zero, v_zero = zeros
+    return requantize, AttentionCodes(q_zero, k_zero, v_zero, step, share, share_zero)
 
 
 def _mask(ctx: Context, node: ir.Node) -> Tensor | None:

@@ -19,6 +19,7 @@ from kbitc.quant.packing import unpack_dense
 REQUANTIZE = "Requantize"
 INTEGER_ADD = "IntegerAdd"
 INTEGER_MUL = "IntegerMul"
+INTEGER_PRELU = "IntegerPRelu"
 TABLE = "Table"
 LEVELS = "LevelsKBit"
 BLOCK_LEVELS = "BlockLevelsKBit"
@@ -28,7 +29,7 @@ MULTIPLIER_BITS = 31
 #: Of these, factors of codes have as many as a float32 number.
 SINGLE_BITS = 24
 MAX_SHIFT = 62
-#: A multiplier of IntegerAdd is at most 2^21 in magnitude, its shift in 1 .. 30: 2 * 255 * 2^21 < 2^30.
+#: Multipliers of IntegerAdd and IntegerPRelu are at most 2^21 in magnitude, shifts 1 .. 30: 2 * 255 * 2^21 < 2^30.
 ADD_MULTIPLIER_LIMIT = 1 << 21
 ADD_MAX_SHIFT = 30
 
@@ -79,6 +80,24 @@ BODIES = {
         a2 = Sub(a1, a_zero)
         b2 = Sub(b1, b_zero)
         Y = Mul(a2, b2)""",
+    ),
+    # x u8, below i32 that broadcasts to x, x_zero, above, shift, zero i32 scalars -> u8.
+    INTEGER_PRELU: text.function(
+        "IntegerPRelu <low, high> (x, below, x_zero, above, shift, zero)",
+        """
+        x1 = Cast<to = 6>(x)
+        x2 = Sub(x1, x_zero)
+        is_below = Less(x1, x_zero)
+        factor = Where(is_below, below, above)
+        product = Mul(x2, factor)""",
+        text.shifted("product", "shift", "quotient", 32),
+        "moved = Add(quotient, zero)",
+        text.LIMITS,
+        """
+        low1 = Cast<to = 6>(low)
+        high1 = Cast<to = 6>(high)
+        clipped = Clip(moved, low1, high1)
+        Y = Cast<to = 2>(clipped)""",
     ),
     # q u8 of any shape, table u8 [256] -> u8.
     TABLE: text.function(
@@ -153,6 +172,26 @@ def integer_add(
 def integer_mul(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8], a_zero: int, b_zero: int) -> npt.NDArray[np.int32]:
     """(a - a_zero) (b - b_zero), i32, broadcast."""
     return np.asarray((a.astype(np.int32) - a_zero) * (b.astype(np.int32) - b_zero), np.int32)
+
+
+def integer_prelu(
+    x: npt.NDArray[np.uint8], below: IntArray, *, x_zero: int, above: int, shift: int, zero: int, low: int, high: int
+) -> npt.NDArray[np.uint8]:
+    """clip((((x - x_zero) factor + 2^(shift - 1)) >> shift) + zero, low, high), factor = above, or below if x < x_zero.
+
+    Args:
+        x: codes.
+        below: i32, broadcast to x; |below| <= 2^21.
+        x_zero: zero point of x.
+        above: |above| <= 2^21.
+        shift: 1 .. 30.
+        zero: zero point of the result.
+        low: smallest code of the result.
+        high: largest code.
+    """
+    number = x.astype(np.int64) - x_zero
+    product = number * np.where(number < 0, below, above)
+    return np.asarray(np.clip(((product + (1 << (shift - 1))) >> shift) + zero, low, high), np.uint8)
 
 
 def table(q: npt.NDArray[np.uint8], entries: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -38,7 +38,7 @@ def output_dims(node: ir.Node, values: ShapeValues) -> list[Dim] | None:
     """The dims of the first output of a node, each None where not known; None when even the rank is not."""
     if node.domain == "kbitc" and node.op_type in _KEEP_SHAPE:
         return d.of(node.inputs[0])
-    if node.domain == "kbitc" and node.op_type in ("IntegerAdd", "IntegerMul"):
+    if node.domain == "kbitc" and node.op_type in ("IntegerAdd", "IntegerMul", "IntegerPRelu"):
         pair = [d.of(value) for value in node.inputs[:2]]
         both = [shape for shape in pair if shape is not None]
         return d.broadcast(both) if len(both) == len(pair) else None

@@ -13,7 +13,9 @@ from kbitc.passes.allocate.families import Form
 #: Families that read int32 numbers where their source has some.
 _READS_WIDE = families.WIDE | {families.SOFTMAX}
 #: Families whose result is made as codes.
-_GIVES_CODES = frozenset((families.ADD, families.CONCAT, families.MOVE, families.PEAK, families.SOFTMAX))
+_GIVES_CODES = frozenset(
+    (families.ADD, families.PRELU, families.CONCAT, families.MOVE, families.PEAK, families.SOFTMAX)
+)
 #: Families whose result is an int32 number before it is rounded to codes.
 GIVES_WIDE = families.ACCUMULATES | families.WIDE
 

@@ -11,6 +11,7 @@ from kbitc.graph import edit
 
 CONTRACTION, PRODUCT, BIAS = "contraction", "product", "bias"
 ADD, MUL, CONCAT, MOVE, PEAK = "add", "mul", "concat", "move", "peak"
+PRELU = "prelu"
 MEAN, AVERAGE, TABLE, NONE = "mean", "average", "table", "none"
 SOFTMAX, NORM = "softmax", "norm"
 SUM, LENGTH, ROOT, QUOTIENT, SHIFT, EXP = "sum", "length", "root", "quotient", "shift", "exp"

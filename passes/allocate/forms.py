@@ -19,6 +19,7 @@ from kbitc.passes.allocate.families import (
     MOVE,
     MUL,
     PEAK,
+    PRELU,
     PRODUCT,
     TABLE,
     Form,
@@ -161,6 +162,10 @@ def _sum(node: ir.Node) -> Form:
     return Form(MUL if node.op_type == "Mul" else ADD, tuple(inputs), node.outputs[0])
 
 
+def _prelu(node: ir.Node) -> Form:
+    return first(node, PRELU) if edit.constant(node.inputs[1]) is not None else declined("its slope is not a constant")
+
+
 def _concat(node: ir.Node) -> Form:
     return Form(CONCAT, tuple(value for value in node.inputs if value is not None), node.outputs[0])
 
@@ -217,6 +222,7 @@ _FAMILIES: dict[str, Callable[[ir.Node], Form]] = {
     "Add": _sum,
     "Sub": _sum,
     "Mul": _sum,
+    "PRelu": _prelu,
     "Concat": _concat,
     "Pad": _pad,
     "Gather": _gather,

@@ -21,7 +21,7 @@ from kbitc.quant.tensor import QTensor, spread
 if TYPE_CHECKING:
     from kbitc.passes.allocate.decision import Decision
 
-#: Factors that `kbitc::Requantize` and `kbitc::IntegerAdd` cannot have.
+#: Factors that `kbitc::Requantize`, and `kbitc::IntegerAdd` and `kbitc::IntegerPRelu`, cannot have.
 MAX_RATIO, MAX_ADD_RATIO = 2.0**29, 2.0**19
 Known = Mapping[ir.Value, tuple[Codes, str]]
 
@@ -53,7 +53,11 @@ def prove(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str,
 def rescalable(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping[str, QTensor]) -> bool:
     """Whether the factor from a node's sums to the codes of its result fits the integer functions."""
     form = decision.forms[node]
-    if form.output is None or form.family not in families.ACCUMULATES | {families.ADD} or node in decision.wide:
+    if (
+        form.output is None
+        or form.family not in families.ACCUMULATES | {families.ADD, families.PRELU}
+        or node in decision.wide
+    ):
         return True
     limited = decision.images.get(form.output, []) if decision.folded(form.output) else []
     target = codes.get(limited[0] if limited else form.output)
@@ -62,11 +66,19 @@ def rescalable(node: ir.Node, decision: Decision, codes: Known, tensors: Mapping
     scales = [codes[value][0].scale for value in form.inputs]
     if form.family == families.ADD:
         return max(scales) / target[0].scale < MAX_ADD_RATIO
+    if form.family == families.PRELU:
+        return scales[0] * steepest(node) / target[0].scale < MAX_ADD_RATIO
     step = math.prod(scales)
     if form.family == families.CONTRACTION:
         weight, _ = ops.weight_source(node)
         step = float(output_scales(codes[form.inputs[0]][0], tensors[(weight.name if weight else "") or ""]).max())
     return step / target[0].scale < MAX_RATIO
+
+
+def steepest(node: ir.Node) -> float:
+    """The largest factor of a PRelu by a constant."""
+    slope = edit.constant(node.inputs[1])
+    return 1.0 if slope is None else max(1.0, float(np.abs(slope).max(initial=0)))
 
 
 def _counted(reach: int) -> Proof:

@@ -112,7 +112,7 @@ def _aligned(layout: Layout, node: ir.Node, value: ir.Value | None, size: int) -
 
 
 def _integer_pair(layout: Layout, node: ir.Node) -> list[ir.Value] | None:
-    """kbitc::IntegerAdd and IntegerMul: two tensors that broadcast, then numbers."""
+    """kbitc::IntegerAdd, IntegerMul and IntegerPRelu: two tensors that broadcast, then numbers."""
     size = rank(node.outputs[0])
     pair = node.inputs[:2]
     if size is None or size < 3 or not _enough_twins(layout, pair, size):
@@ -308,6 +308,7 @@ RULES: dict[str, Rule] = {
     "kbitc::IntegerSoftmax": _axis(-1),
     "kbitc::Table": _unary,
     "kbitc::IntegerAdd": _integer_pair,
+    "kbitc::IntegerPRelu": _integer_pair,
     "kbitc::IntegerMul": _integer_pair,
     "Softmax": _axis(-1),
     "LogSoftmax": _axis(-1),

@@ -28,7 +28,8 @@ def _call(name: str, *inputs: Array, **attributes: int) -> Array:
     ]
     node = ir.node(name, values, attributes=attributes, domain=functions.DOMAIN, name="call")
     node.outputs[0].name = "y"
-    kinds = {integer.REQUANTIZE: 2, integer.INTEGER_ADD: 2, integer.TABLE: 2, integer.INTEGER_MUL: 6}
+    codes = (integer.REQUANTIZE, integer.INTEGER_ADD, integer.INTEGER_PRELU, integer.TABLE)
+    kinds = {**dict.fromkeys(codes, 2), integer.INTEGER_MUL: 6}
     node.outputs[0].type = ir.TensorType(ir.DataType(kinds.get(name, 3)))
     graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": 21}, name="g")
     model = ir.Model(graph, ir_version=10)
@@ -89,6 +90,21 @@ def test_integer_add_on_all_pairs(shift: int, a_mult: int, b_mult: int) -> None:
             ALL[:, None], ALL[None, :], low=0, high=255, **dict(zip(names, numbers, strict=True))
         )
         np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 20, 21, 29, 30])
+@pytest.mark.parametrize("x_zero", [0, 117, 255])
+def test_integer_prelu_on_all_codes(shift: int, x_zero: int) -> None:
+    below = _i32(0, 1, -1, 1234567, -765433, 1 << 21, -(1 << 21))[:, None]
+    for above in (1, 1234567, 1 << 21):
+        numbers = {"x_zero": x_zero, "above": above, "shift": shift, "zero": 100}
+        scalars = [np.array(item, np.int32) for item in numbers.values()]
+        x = np.broadcast_to(ALL, (len(below), 256))
+        found = _call("IntegerPRelu", x, below, *scalars, low=0, high=250)
+        np.testing.assert_array_equal(found, integer.integer_prelu(x, below, low=0, high=250, **numbers))
+        exact = [(int(code) - x_zero) * int(above if code >= x_zero else below[3, 0]) for code in ALL]
+        rounded = [(Fraction(item, 1 << shift) + Fraction(1, 2)).__floor__() + 100 for item in exact]
+        np.testing.assert_array_equal(found[3], np.clip(np.array(rounded, object), 0, 250).astype(np.uint8))
 
 
 @pytest.mark.parametrize("zeros", [(0, 0), (255, 255), (3, 200)])

@@ -18,7 +18,7 @@ from kbitc.quant.packing import pack_dense
 Array = npt.NDArray[Any]
 OPSET = 21
 TYPES = {
-    **dict.fromkeys(("Requantize", "IntegerAdd", "Table", "IntegerSoftmax"), ir.DataType.UINT8),
+    **dict.fromkeys(("Requantize", "IntegerAdd", "IntegerPRelu", "Table", "IntegerSoftmax"), ir.DataType.UINT8),
     **dict.fromkeys(("IntegerMul", "Rescale", "IntegerLayerNorm", "IntegerRMSNorm"), ir.DataType.INT32),
     **dict.fromkeys(("IntegerExp", "IntegerSum", "IntegerQuotient"), ir.DataType.INT32),
     **dict.fromkeys(("IntegerReduceL2", "IntegerSqrt"), ir.DataType.INT32),
@@ -126,7 +126,9 @@ def convolutional(batch: int | str = 1) -> ir.Model:
     wide = g.conv(depth, g.node("Reshape", point, np.array([20, 20, 1, 1])), 20, 20)
     residual = g.node("IntegerAdd", wide, first, 128, 128, 1_500_000, -900_000, 21, 120, low=0, high=255)
     swished = g.node("Table", residual, g.random.integers(0, 256, 256).astype(np.uint8))
-    grouped = g.conv(swished, g.weight(8, 10, 3, 3), 8, 90, group=2, dilations=[1, 2], pads=[0, 2, 1, 2])
+    slopes = np.linspace(-(1 << 21), 1 << 21, 20).astype(np.int32).reshape(20, 1, 1)
+    bent = g.node("IntegerPRelu", swished, slopes, 131, 1_700_000, 21, 120, low=0, high=255)
+    grouped = g.conv(bent, g.weight(8, 10, 3, 3), 8, 90, group=2, dilations=[1, 2], pads=[0, 2, 1, 2])
     pooled = g.node("MaxPool", grouped, kernel_shape=[2, 2], strides=[1, 1])
     both = g.node("Concat", pooled, pooled, axis=1)
     padded = g.node("Pad", both, np.array([0, 0, 1, 0, 0, 0, 0, 1]), np.array(128, np.uint8))

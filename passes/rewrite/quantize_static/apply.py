@@ -98,6 +98,8 @@ def _rewrite(builder: Builder, node: ir.Node) -> None:
         builder.sums[output] = sums
     elif form.family == families.ADD:
         elementwise.add(builder, node, target, low, high)
+    elif form.family == families.PRELU:
+        elementwise.prelu(builder, node)
     elif form.family == families.SOFTMAX:
         wide.softmax(builder, node)
     elif form.family == families.CONCAT:

@@ -1,9 +1,10 @@
 """Sums, products and functions of codes.
 
 Before:
-    Add(a, b), Sub(a, b), Mul(a, b); Sigmoid(Mul(x, 2.0)) and other functions of one value
+    Add(a, b), Sub(a, b), Mul(a, b); PRelu(x, slope); Sigmoid(Mul(x, 2.0)) and other functions of one value
 After:
-    kbitc::IntegerAdd(a.q, b.q, ...); kbitc::Requantize(kbitc::IntegerMul(a.q, b.q, ...)); kbitc::Table(x.q, t)
+    kbitc::IntegerAdd(a.q, b.q, ...); kbitc::Requantize(kbitc::IntegerMul(a.q, b.q, ...));
+    kbitc::IntegerPRelu(x.q, ...); kbitc::Table(x.q, t)
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from kbitc.errors import InternalError
 from kbitc.graph import edit, images
 from kbitc.graph import integer_functions as integer
+from kbitc.passes.allocate.proofs import steepest
 from kbitc.passes.rewrite.quantize_static.builder import I32, U8, Builder, Sums
 from kbitc.quant.static import Codes
 
@@ -37,13 +40,38 @@ def add_multipliers(a_ratio: float, b_ratio: float) -> tuple[int, int, int]:
     Raises:
         ValueError: a ratio of 2^20 or more, which no shift of at least 1 can hold.
     """
-    largest = max(abs(a_ratio), abs(b_ratio))
+    shift = _shift(max(abs(a_ratio), abs(b_ratio)))
+    return round(a_ratio * (1 << shift)), round(b_ratio * (1 << shift)), shift
+
+
+def _shift(largest: float) -> int:
+    """The largest shift that leaves the multiplier of the largest ratio at 2^21 or less.
+
+    Raises:
+        ValueError: a ratio of 2^20 or more, which no shift of at least 1 can hold.
+    """
     shift = integer.ADD_MAX_SHIFT
     while shift > 1 and round(largest * (1 << shift)) > integer.ADD_MULTIPLIER_LIMIT:
         shift -= 1
     if round(largest * (1 << shift)) > integer.ADD_MULTIPLIER_LIMIT:
         raise ValueError(f"a ratio of scales must be under 2^20, got {largest}")
-    return round(a_ratio * (1 << shift)), round(b_ratio * (1 << shift)), shift
+    return shift
+
+
+def prelu(builder: Builder, node: ir.Node) -> None:
+    """Give the result of a PRelu codes: those below the zero point of x take a factor of their own a channel."""
+    (source,), value = builder.form(node).inputs, node.outputs[0]
+    x, y, slope = builder.codes_of(source), builder.codes_of(value), edit.constant(node.inputs[1])
+    if slope is None:
+        raise InternalError("a PRelu whose slope is no constant", where=node.name or "")
+    ratio = x.scale / y.scale
+    shift = _shift(ratio * steepest(node))
+    below = np.rint(slope.astype(np.float64) * ratio * (1 << shift)).astype(np.int32)
+    inputs = [builder.read(source, node), builder.constant(f"{value.name}.below", below)]
+    inputs += [builder.scalar(number) for number in (x.zero, round(ratio * (1 << shift)), shift, y.zero)]
+    builder.codes[value] = builder.emit(
+        node, integer.INTEGER_PRELU, inputs, f"{value.name}.q", U8, value.shape, low=0, high=y.high
+    )
 
 
 def mul(builder: Builder, node: ir.Node) -> Sums:

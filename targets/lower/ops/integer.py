@@ -10,7 +10,7 @@ import onnx_ir as ir
 from tvm import tirx
 
 from kbitc.graph import edit, integer_functions
-from kbitc.graph.integer_functions import BLOCK_LEVELS, INTEGER_ADD, INTEGER_MUL, LEVELS, REQUANTIZE
+from kbitc.graph.integer_functions import BLOCK_LEVELS, INTEGER_ADD, INTEGER_MUL, INTEGER_PRELU, LEVELS, REQUANTIZE
 from kbitc.graph.integer_functions import TABLE as LOOK_UP
 from kbitc.targets.lower import attributes
 from kbitc.targets.lower.attributes import axis_of
@@ -77,6 +77,20 @@ def integer_mul(ctx: Context, node: ir.Node) -> Value:
     return elementwise(ctx, node, [a, b], multiply, "int32", 5)
 
 
+def integer_prelu(ctx: Context, node: ir.Node) -> Value:
+    """kbitc::IntegerPRelu: clip((((x - x_zero) (x < x_zero ? below : above) + half) >> shift) + zero, low, high)."""
+    x, below = attributes.value(ctx, node, 0), attributes.value(ctx, node, 1)
+    x_zero, above, shift, zero = _numbers(node, 2)
+    low, high = node.attributes.get_int("low", 0), node.attributes.get_int("high", 255)
+
+    def bend(code: Expr, factor: Expr) -> Expr:
+        number = tirx.Cast("int32", code) - _i32(x_zero)
+        total = number * tirx.Select(number < _i32(0), factor, _i32(above)) + _i32(1 << (shift - 1))
+        return tirx.Cast("uint8", _clip((total >> _i32(shift)) + _i32(zero), low, high))
+
+    return elementwise(ctx, node, [x, below], bend, "uint8", 12)
+
+
 def _i32(value: int) -> Expr:
     return tirx.const(value, "int32")
 
@@ -128,6 +142,7 @@ FUNCTION_TABLE: dict[str, Emit] = {
     REQUANTIZE: requantize,
     INTEGER_ADD: integer_add,
     INTEGER_MUL: integer_mul,
+    INTEGER_PRELU: integer_prelu,
     LOOK_UP: table,
     LEVELS: levels,
     BLOCK_LEVELS: levels,

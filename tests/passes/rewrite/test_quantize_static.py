@@ -84,6 +84,7 @@ CASES = {
     "sub": ("d = Conv<pads = [1, 1, 1, 1]>(x, u) r = Sub(d, c)", "kbitc::IntegerAdd", "Sub"),
     "limited sum": ("d = Conv<pads = [1, 1, 1, 1]>(x, u) e = Add(c, d) r = Relu(e)", "kbitc::IntegerAdd", "Relu"),
     "constant operand": ("r = Add(c, k)", "kbitc::IntegerAdd", "Add"),
+    "slope a channel": ("r = PRelu(c, s)", "kbitc::IntegerPRelu", "PRelu"),
     "product": ("g = GlobalAveragePool(c) s = Sigmoid(g) r = Mul(c, s)", "kbitc::IntegerMul", "Mul"),
     "max pool": ("r = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(c)", "MaxPool", "MaxPool"),
     "mean pool": ("r = AveragePool<kernel_shape = [2, 3], strides = [2, 2]>(c)", "ConvInteger", "AveragePool"),
@@ -104,6 +105,8 @@ def between(middle: str) -> tuple[str, dict[str, Array]]:
     weights = dict(IMAGE)
     if "u)" in middle:
         weights["u"] = noise(6, 3, 3, 3, seed=2)
+    if "PRelu" in middle:
+        weights["s"] = noise(6, 1, 1, seed=3) / 2
     if "k)" in middle:
         weights["k"] = noise(1, 6, 1, 10)
     return graph, weights
@@ -121,6 +124,12 @@ def test_every_family_runs_on_integers(case: str, bits: int) -> None:
     assert "Conv" not in counts
     assert all(value.dtype != ir.DataType.FLOAT for node in inner_nodes(made) for value in node.outputs)
     assert check_steps(original, made, plan, feeds[0]) >= 2
+
+
+def test_a_slope_that_is_computed_stays_float() -> None:
+    _, made, plan, _ = quantized(*between("g = GlobalAveragePool(c) r = PRelu(c, g)"))
+    assert forms(plan)["PRelu"] == "float" and "its slope is not a constant" in reasons(plan)
+    assert "PRelu" in operator_counts(made)
 
 
 def test_a_chain_is_one_table_and_limits_cost_no_table() -> None:

@@ -125,8 +125,8 @@ def _watch(
 ) -> Iterator[tuple[list[Reader], dict[str, InputMoments]]]:
     """Groups of layers with the moments of their inputs: in the float model, or `sequential` as they will be."""
     sequential = work.method.sequential
-    # Pairs are two moments.
-    groups = in_groups(watched, BUDGET // 2, PARTS) if sequential else in_groups(watched)
+    # Pairs are two moments, of two halves and of the whole.
+    groups = in_groups(watched, BUDGET // 6, PARTS) if sequential else in_groups(watched)
     walks, firsts = Walks(feeds), _first_nodes(work.original, groups)
     for number, group in enumerate(groups, 1):
         work.progress(f"calibrate layers {number} of {len(groups)}")

@@ -187,7 +187,7 @@ class Sums:
 
     def add(self, found: Array, shares: Array | None = None) -> None:
         """Take in rows f32 [G, rows, K] with what they count f32 [rows]; rows that are not finite are left out."""
-        if not np.isfinite(found.sum(dtype=np.float64)):
+        if not all_finite(found):
             finite = np.isfinite(found).all(axis=(0, 2))
             found, shares = found[:, finite], None if shares is None else shares[finite]
         shares = weights(found) if shares is None else shares
@@ -202,11 +202,23 @@ class Sums:
             self.count += part.shape[1]
             self.weight += float(share.sum(dtype=np.float64))
 
+    def plus(self, other: Sums) -> Sums:
+        """The sums over the rows of both."""
+        peak, count, weight = np.maximum(self.peak, other.peak), self.count + other.count, self.weight + other.weight
+        both = self.second + other.second, self.first + other.first, self.absolute + other.absolute
+        return Sums(*both, peak, count, weight)
+
     def finish(self) -> InputMoments:
         """The sums over what the rows count."""
         arrays = (self.second, self.first, self.absolute)
         second, mean, mean_abs = ((total / self.weight).astype(np.float32) for total in arrays)
         return InputMoments(second, mean, mean_abs, self.peak, self.count)
+
+
+def all_finite(found: Array) -> bool:
+    """Whether no number of f32 [...] is infinite or NaN: then their sum in float64 is a number."""
+    with np.errstate(invalid="ignore"):
+        return bool(np.isfinite(found.sum(dtype=np.float64)))
 
 
 def weights(found: Array) -> npt.NDArray[np.float32]:

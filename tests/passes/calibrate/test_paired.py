@@ -13,11 +13,12 @@ from kbitc import driver, options
 from kbitc.graph.evaluate import evaluate
 from kbitc.options import Method
 from kbitc.passes.calibrate.moments import readers
-from kbitc.passes.calibrate.paired import Pair, Walks, paired_moments
+from kbitc.passes.calibrate.paired import Pair, Sample, Walks, paired_moments
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.rewrite.pipeline import rewrite
 from kbitc.passes.solve import solve_weights
 from kbitc.passes.solvers import rtn
+from kbitc.quant.moments import InputMoments
 from kbitc.quant.scheme import QuantScheme
 from kbitc.targets.target import parse_target
 from tests.support.onnx_text import model
@@ -78,7 +79,29 @@ def test_rows_that_are_not_finite_are_left_out_of_both() -> None:
     x = X.copy()
     x[3, 0] = np.inf
     got = paired_moments(before, after, found, Walks([{"x": x}]), first(before), centred=False)["w"]
-    assert got.inputs.count == 511 and np.isfinite(got.cross).all()
+    assert got.inputs.count == 511 and np.isfinite(got.whole.cross).all()
+
+
+@pytest.mark.parametrize(("linear", "makes_up"), [(True, True), (False, False)])
+def test_what_is_noise_to_the_other_half_changes_nothing(linear: bool, makes_up: bool) -> None:
+    """x = x' M can be made up for; x = x' and independent noise cannot, though 48 rows fit 32 numbers well."""
+    rng = np.random.default_rng(2)
+    change = np.eye(32) + 0.2 * rng.normal(size=(32, 32))
+    halves = []
+    for _ in range(2):
+        after = rng.normal(size=(48, 32))
+        before = after @ change if linear else after + rng.normal(size=after.shape)
+        halves.append(Sample((after.T @ after / 48)[None], (before.T @ after / 48)[None], 48))
+    second, cross = (sum(getattr(half, name) for half in halves) / 2 for name in ("second", "cross"))
+    zeros = np.zeros((1, 32))
+    ones = np.ones((1, 32), np.float32)
+    inputs = InputMoments(np.asarray(second, np.float32), 0 * ones, ones, ones, 96)
+    found = Pair(inputs, Sample(second, cross, 96), tuple(halves), zeros, False)
+    weight = rng.normal(size=(8, 1, 32)).astype(np.float32)
+    target = found.target(weight)
+    wanted = weight[:, 0] @ change.T if linear else weight[:, 0]
+    got, plain = (np.square(each[:, 0] - wanted).sum() for each in (target, weight))
+    assert got < 0.5 * plain if makes_up else (target == weight).all()
 
 
 def test_how_huge_a_row_is_does_not_change_the_shift() -> None:

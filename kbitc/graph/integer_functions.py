@@ -28,6 +28,8 @@ BLOCK_LEVELS = "BlockLevelsKBit"
 MULTIPLIER_BITS = 31
 #: Of these, factors of codes have as many as a float32 number.
 SINGLE_BITS = 24
+#: With so many zeros at its end, an odd multiple of half a code is 2^9 codes and more.
+MOST_ZEROS = 20
 MAX_SHIFT = 62
 #: Multipliers of IntegerAdd and IntegerPRelu are at most 2^21 in magnitude, shifts 1 .. 30: 2 * 255 * 2^21 < 2^30.
 ADD_MULTIPLIER_LIMIT = 1 << 21
@@ -240,13 +242,19 @@ def fixed_point(ratio: float) -> tuple[int, int]:
 def code_factor(ratio: float) -> tuple[int, int]:
     """(multiplier, shift) of Requantize with multiplier / 2^shift next to a ratio >= 0, and a float32 number.
 
-    The multiplier has 24 bits and seven zeros behind them, and the last of the 24 is a one. So the relative error is
-    at most 2^-23 + 2^-31, and acc * multiplier / 2^shift is never in the middle of two integers while |acc| is below
-    2^(shift - 8): kernels may round by one float32 multiply-add (targets/kernels/requantize.py).
+    The multiplier has 24 bits and seven zeros behind them; the relative error is at most 2^-24 + 2^-31. A multiplier
+    that ends in more than MOST_ZEROS zeros, which the ratio does not equal, gets one more of its 24-bit steps: then
+    acc * multiplier / 2^shift is the middle of two integers only where it is 2^9 and more, and kernels may round by
+    one float32 multiply-add (targets/kernels/requantize.py).
 
     Raises:
         ValueError: as `fixed_point`.
     """
     multiplier, shift = fixed_point(ratio)
-    lost = MULTIPLIER_BITS - SINGLE_BITS
-    return ((multiplier >> (lost + 1) << 1 | 1) << lost if multiplier else 0), shift
+    unit = 1 << (MULTIPLIER_BITS - SINGLE_BITS)
+    nearest = (multiplier + unit // 2) // unit * unit
+    if nearest == 1 << MULTIPLIER_BITS:
+        nearest, shift = nearest >> 1, shift - 1
+    if nearest % (2 << MOST_ZEROS) == 0 and nearest * 2.0**-shift != ratio:
+        nearest += unit
+    return (nearest, shift) if multiplier else (0, 1)

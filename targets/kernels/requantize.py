@@ -5,10 +5,11 @@
 Three ways that give the same numbers:
 
     single  one float32 multiply-add, acc * (multiplier / 2^shift) + (1.5 * 2^23 + zero), whose rounding is that of the
-            result, since numbers next to 1.5 * 2^23 are whole; the code is its bits less those of 1.5 * 2^23. A
-            multiplier of 24 bits with the last one set (`fixed_point`) makes that exact: multiplier / 2^shift is a
-            float32, and no product of |acc| < 2^24 lies in the middle of two codes when the shift is 32 or more. Where
-            |acc| is 2^24 and more, a shift of at most 46 (or the bound of the accumulator) makes the code a limit.
+            result, since numbers next to 1.5 * 2^23 are whole; the code is its bits less those of 1.5 * 2^23. That
+            is exact with a multiplier of 24 bits, as multiplier / 2^shift is a float32, that ends in 20 zeros at most
+            (`code_factor`): a product is only in the middle of two integers when |acc| is a multiple of 2^(shift - 21),
+            and then it is 2^9 codes and more. Where |acc| is 2^24 and more and so no float32, a shift of at most 46
+            (or the bound of the accumulator) makes the code a limit.
     high    all shifts are 32..54: the zero point is added inside, as zero << shift, and only the upper half of the
             64-bit sum is needed: (high32(acc * multiplier + addend) >> (shift - 32)). |acc * multiplier| < 2^62 and
             the addend is below 2^62, so that nothing overflows.
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from tvm import tirx
 
+from kbitc.graph.integer_functions import MOST_ZEROS
 from kbitc.quant.packing import GROUP, LANES
 from kbitc.targets.kernels import mathfn
 from kbitc.targets.kernels import vector as v
@@ -90,8 +92,9 @@ def epilogue_of(requantize: Requantization, dot: ByteDot, most: IntArray | int =
     multiplier, shift = _normal(requantize)
     zero, low, high = requantize.zero, requantize.low, requantize.high
     most = np.asarray(most, np.int64)
-    odd = (multiplier & ((2 << LOST_BITS) - 1)) == 1 << LOST_BITS
-    fits = odd & (shift >= HALF) & ((shift <= MOST_SINGLE_SHIFT) | (most < EXACT_FLOAT))
+    last = multiplier & -multiplier
+    fits = (last >= 1 << LOST_BITS) & (last <= 1 << MOST_ZEROS)
+    fits &= (shift <= MOST_SINGLE_SHIFT) | (most < EXACT_FLOAT)
     if dot.fused and bool(np.all(fits | (multiplier == 0))):
         codes = most * np.ldexp(multiplier.astype(np.float64), -shift)
         return Epilogue(Way.SINGLE, zero, low, high, bool(np.any(codes >= MOST_CODES - WHOLE)))

@@ -146,14 +146,21 @@ def test_a_ratio_becomes_the_nearest_multiplier() -> None:
         assert error <= Fraction(1, 1 << (shift + 1))
 
 
-def test_a_factor_of_codes_is_a_float_with_its_last_bit_set() -> None:
-    for ratio in (2.0**28.9, 1.0, 0.5, 1 / 3, 0.1, 1e-6, 2.0**-32, 1 - 2.0**-40, 2.0**-31 * (1 - 2.0**-50)):
+def test_a_factor_of_codes_is_the_nearest_float32() -> None:
+    for ratio in (2.0**28.9, 1 / 3, 0.1, 1e-6, float(np.float32(0.01)), 2.0**-31 * (1 + 2.0**-20)):
         multiplier, shift = integer.code_factor(ratio)
-        assert 1 << 30 <= multiplier < 1 << 31 and 1 <= shift <= integer.MAX_SHIFT and multiplier % 256 == 128
-        factor = Fraction(multiplier, 1 << shift)
-        assert Fraction(float(np.float32(float(factor)))) == factor
-        assert abs(factor - Fraction(ratio)) <= Fraction(ratio) * (Fraction(1, 1 << 23) + Fraction(1, 1 << 31))
-    assert integer.code_factor(0.0) == (0, 1)
+        assert 1 << 30 <= multiplier < 1 << 31 and 1 <= shift <= integer.MAX_SHIFT
+        assert Fraction(multiplier, 1 << shift) == Fraction(float(np.float32(ratio)))
+
+
+def test_a_factor_of_codes_with_many_zeros_is_meant() -> None:
+    """1/2 is kept; what is only next to it takes another last bit, so that no sum is in the middle of two codes."""
+    assert integer.code_factor(0.5) == (1 << 30, 31)
+    assert integer.code_factor(0.0) == integer.code_factor(2.0**-32.5) == (0, 1)
+    for ratio in (0.5 + 2.0**-40, 0.5 - 2.0**-40, 0.75 + 2.0**-40):
+        multiplier, shift = integer.code_factor(ratio)
+        assert multiplier % (1 << 8) == 1 << 7
+        assert abs(Fraction(multiplier, 1 << shift) - Fraction(ratio)) < Fraction(ratio) / (1 << 22)
 
 
 def test_a_ratio_that_moves_no_accumulator_is_zero() -> None:

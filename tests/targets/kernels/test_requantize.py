@@ -36,9 +36,9 @@ def sums(name: str, biases: list[int], numbers: Requantization) -> Case:
 
 
 def around_codes(name: str, low: int = 0, high: int = 255) -> Case:
-    """Channels with any factor in [2^-16, 2^-1) and the first sum of some code, or the last before it."""
+    """Channels with any factor in [2^-16, 2^8) and the first sum of some code, or the last before it."""
     random = np.random.default_rng(0)
-    pairs = [code_factor(float(ratio)) for ratio in 2.0 ** random.uniform(-16, -1.01, CHANNELS)]
+    pairs = [code_factor(float(ratio)) for ratio in 2.0 ** random.uniform(-16, 8, CHANNELS)]
     biases = []
     for multiplier, shift in pairs:
         code, before = int(random.integers(-1, 258)), int(random.integers(0, 2))
@@ -56,6 +56,10 @@ def large(name: str) -> Case:
         for exponent in range(-16, -1):
             biases += [magnitude, -magnitude]
             pairs += 2 * [code_factor(2.0**exponent * 1.3)]
+    for shift in (30, 40, 46):
+        middle = 1 << (shift - 21)  # times the multiplier it is in the middle of two integers
+        biases += [middle, -middle, 3 * middle, -3 * middle]
+        pairs += 4 * [(1 << 30 | 1 << 20, shift)]
     biases += [0, MOST_SUM - 1, 1 - MOST_SUM]
     pairs += [(0, 1)] * 3
     multiplier, shift = (np.array(column, np.int32) for column in zip(*pairs, strict=True))
@@ -78,9 +82,11 @@ def test_one_multiply_add_makes_the_codes() -> None:
         (0, 1, MOST_SUM, Way.SINGLE),
         (1 << 30 | 1 << 7, 47, MOST_SUM, Way.HIGH),  # 2^24 may be a code that is no limit
         (1 << 30 | 1 << 7, 47, EXACT_FLOAT - 1, Way.SINGLE),
-        (1 << 30, 40, 1 << 20, Way.HIGH),  # sums of 2^9 lie in the middle of two codes
+        (1 << 30 | 1 << 20, 40, MOST_SUM, Way.SINGLE),
+        (1 << 30 | 1 << 21, 40, 1 << 20, Way.HIGH),  # sums of 2^18 lie in the middle of two integers, at 2^8 codes
+        (1 << 30 | 1 << 7, 1, MOST_SUM, Way.SINGLE),
         (1 << 30 | 1, 40, 1 << 20, Way.HIGH),  # no float32 number
-        (1 << 30 | 1 << 7, 31, 1 << 20, Way.WIDE),
+        (1 << 30 | 1, 31, 1 << 20, Way.WIDE),
         (1 << 30 | 1 << 7, 55, EXACT_FLOAT, Way.WIDE),
     ],
 )

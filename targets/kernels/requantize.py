@@ -94,7 +94,7 @@ def epilogue_of(requantize: Requantization, dot: ByteDot, most: IntArray | int =
     most = np.asarray(most, np.int64)
     last = multiplier & -multiplier
     fits = (last >= 1 << LOST_BITS) & (last <= 1 << MOST_ZEROS)
-    fits &= (shift <= MOST_SINGLE_SHIFT) | (most < EXACT_FLOAT)
+    fits = fits & ((shift <= MOST_SINGLE_SHIFT) | (most < EXACT_FLOAT))
     if dot.fused and bool(np.all(fits | (multiplier == 0))):
         codes = most * np.ldexp(multiplier.astype(np.float64), -shift)
         return Epilogue(Way.SINGLE, zero, low, high, bool(np.any(codes >= MOST_CODES - WHOLE)))

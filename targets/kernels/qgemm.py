@@ -53,8 +53,6 @@ Sums = dict[tuple[int, int, int], Expr]
 INT16_LIMIT = 2**15 - 1
 # Blocks of up to this many steps are unrolled whole; longer ones loop over their units.
 UNROLLED_STEPS = 16
-# Where `_Block._raises` pays: measured 5 to 9 % of a matrix-vector product on Zen 4, nothing at 1 bit.
-RAISED_BITS = (2, 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +315,7 @@ class _Block:
         """
         g = self.g
         plain = not g.isa.signed and g.feed.table is None and g.feed.shift == 0
-        if not plain or len(self.source) > 1 or g.spec.data_type.bits not in RAISED_BITS:
+        if not plain or len(self.source) > 1 or g.spec.data_type.bits not in g.isa.raised_bits:
             return False
         chain = g.isa.chain(self._raised_feed())
         return chain >= -(-steps // 2) if self.narrow else not g.isa.chain(g.feed)

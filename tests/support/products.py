@@ -79,6 +79,7 @@ CASES = (
     product("vector", "int4:b32", (1, 100, 65)),
     product("vector2", "int2:b32", (1, 40, 70)),
     product("vector3", "uint3:b48:zp", (1, 40, 100)),
+    product("vector4", "uint4:b48:zp", (1, 40, 100)),
     product("vector_long", "int3:b144", (1, 20, 300)),
     product("two_levels", "int4:b32/i4", (5, 17, 95)),
     product("two_levels_zero", "uint4:b32/i4:zp", (3, 33, 70)),

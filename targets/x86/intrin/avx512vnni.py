@@ -22,6 +22,7 @@ class Avx512Vnni(Isa):
     rows = 4
     tiles = 3
     vector_tiles = 4
+    raised_bits: tuple[int, ...] = (2, 3, 4)
 
     def table(self, entries: tuple[int, ...]) -> list[Expr]:
         """See `Isa.table`."""

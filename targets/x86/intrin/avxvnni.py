@@ -17,6 +17,8 @@ class AvxVnni(Avx512Vnni):
     lanes = 8
     registers = 16
     tiles = 1
+    # The second sums of 4 bits would not fit the registers.
+    raised_bits = (2, 3)
 
     def keep_order(self, doubt: Expr) -> None:
         """See `Isa.keep_order`."""

@@ -3,44 +3,38 @@
 Before, after CallTIRRewrite:
     a = builtin.alloc_tensor([n, 64]);  kernel(x, a);  b = builtin.alloc_tensor([n, 64]);  kernel_1(a, b);  ...
 After:
-    arena = memory.alloc_storage([size of the arena])
+    arena = memory.alloc_storage([extent(n)])
     a = memory.alloc_tensor(arena, 0, [n, 64]);  b = memory.alloc_tensor(arena, 0, [n, 64]);  ...
     place(a, b, ..., n);  kernel(x, a);  kernel_1(a, b);  ...
-and a storage for each value that the function returns. Kernels take no tensor that starts inside of its memory, so
-`place` moves the pointers, by offsets that it computes from the symbolic dims.
+and a storage for each value that the function returns, in which others lie before that. Kernels take no tensor that
+starts inside of its memory, so `place` moves the pointers, by offsets that it computes from the symbolic dims.
 Keeps, for TVM's StaticPlanBlockMemory, a function that branches; and a value whose size depends on more than the shapes
 of the parameters.
-
-Symbolic sizes of storages are rounded up to a power of two: TVM keeps freed memory for requests of the same size, and
-then there are few sizes. Pages that nobody touches take no memory on a CPU. From LARGEST_STEP on, sizes are rounded up
-to its multiples.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kbitc.targets.memory.arena import ALIGNMENT, Value, plan
-from kbitc.targets.memory.bounds import Bound, Quantities
+from kbitc.targets.memory.arena import Room, Value, plan
+from kbitc.targets.memory.place import extent_function, place_function, rounded
+from kbitc.targets.memory.sizes import Sizes
 
 ALLOCATE, KILL, RESHAPE = "relax.builtin.alloc_tensor", "relax.memory.kill_tensor", "relax.reshape"
-LARGEST_STEP = 2**30
-# Symbolic dims for which plans are made and compared; the one that is taken is right for all.
+# Symbolic dims for which layouts are made and compared: all alike, and one of them against the others.
 TRIED = (4, 32, 128, 512)
-# TVMStructFieldKind of TVM: where a DLTensor's values lie.
-DATA_FIELD = 1
+AGAINST = ((1, 64), (1, 512), (512, 32), (48, 320))
 
 
 @dataclass
 class _Tensor:
-    """One allocation: its variable, its value, bytes, and the steps from its making to its last use."""
+    """One allocation: its variable, its value, the place of its size, and the steps from its making to its last use."""
 
     var: Any
     value: Any
-    size: Bound
+    size: int
     first: int
     last: int
     kept: bool = False
@@ -123,18 +117,15 @@ def _planned(builder: Any, function: Any) -> Any:
     from tvm import relax
 
     bindings = _used([binding for block in function.body.blocks for binding in block.bindings], function.body.body)
-    quantities = Quantities()
-    tensors = _tensors(bindings, function, quantities)
-    made = _shared(builder, [tensor for tensor in tensors if not tensor.kept], quantities)
+    sizes = Sizes()
+    tensors = _tensors(bindings, function, sizes)
+    made = _allocated(builder, tensors, sizes)
     lasting = {tensor.var for tensor in tensors}
-    kept = {tensor.var: tensor for tensor in tensors if tensor.kept}
     for binding in bindings:
         value = binding.value
         if _is_call(value, RESHAPE) and value.args[0] in lasting:
             lasting.add(binding.var)
-        if binding.var in kept:
-            made += _in_storage([kept[binding.var]], _largest([kept[binding.var].size], quantities.expressions))
-        elif not _is_allocation(value) or binding.var not in lasting:
+        if not _is_allocation(value) or binding.var not in lasting:
             # A kill gives nothing back while other tensors lie in the storage.
             made += [] if _is_call(value, KILL) and value.args[0] in lasting else [binding]
     body = relax.SeqExpr([relax.BindingBlock(made)], function.body.body)
@@ -156,7 +147,7 @@ def _used(bindings: Sequence[Any], result: Any) -> list[Any]:
     return [binding for binding in bindings if binding.var in read or not isinstance(binding.value, relax.Tuple)]
 
 
-def _tensors(bindings: Sequence[Any], function: Any, quantities: Quantities) -> list[_Tensor]:
+def _tensors(bindings: Sequence[Any], function: Any, sizes: Sizes) -> list[_Tensor]:
     """The allocations that are planned, in order."""
     from tvm import relax
 
@@ -169,7 +160,7 @@ def _tensors(bindings: Sequence[Any], function: Any, quantities: Quantities) -> 
         for root in uses.of(value):
             uses.tensors[root].last = step
         if _is_allocation(value):
-            size = _bytes(value, known, quantities)
+            size = _size(value, known, sizes)
             if size is not None:
                 uses.tensors[binding.var] = _Tensor(binding.var, value, size, step, step)
                 uses.memory[binding.var] = frozenset([binding.var])
@@ -208,8 +199,8 @@ def _dims_of_parameters(function: Any) -> list[Any]:
     return found
 
 
-def _bytes(allocation: Any, known: Sequence[Any], quantities: Quantities) -> Bound | None:
-    """The size of a tensor; None where it is not known at the start of the function."""
+def _size(allocation: Any, known: Sequence[Any], sizes: Sizes) -> int | None:
+    """The place of the size of a tensor; None where it is not known at the start of the function."""
     from tvm import DataType
 
     from kbitc.targets.lower import dims
@@ -217,22 +208,40 @@ def _bytes(allocation: Any, known: Sequence[Any], quantities: Quantities) -> Bou
     shape = [dims.as_dim(dim) for dim in allocation.args[0].values]
     if any(not any(symbol.same_as(other) for other in known) for dim in shape for symbol in dims.variables(dim)):
         return None
-    return quantities.product(shape).times(DataType(str(allocation.args[1].value)).itemsize)
+    return sizes.place(shape, DataType(str(allocation.args[1].value)).itemsize)
 
 
-def _shared(builder: Any, tensors: Sequence[_Tensor], quantities: Quantities) -> list[Any]:
-    """Bindings of tensors that lie in one storage."""
-    from tvm import relax
+def _allocated(builder: Any, tensors: Sequence[_Tensor], sizes: Sizes) -> list[Any]:
+    """Bindings of all storages and of the tensors in them, at their places."""
+    from tvm import relax, tirx
 
-    if not tensors:
-        return []
-    expressions = quantities.expressions
-    points = [quantities.at(number) for number in TRIED]
-    arena = plan([Value(tensor.size, tensor.first, tensor.last) for tensor in tensors], points)
-    made = _in_storage(tensors, _largest(arena.size, expressions))
-    place = builder.add_func(_place(arena.offsets, len(expressions)), "place")
-    arguments = [*(tensor.var for tensor in tensors), *map(relax.prim_value, expressions)]
+    inner, outputs = ([tensor for tensor in tensors if tensor.kept is kept] for kept in (False, True))
+    made = [item for output in outputs for item in _in_storage([output], rounded(sizes.expressions[output.size]))]
+    if not inner:
+        return made
+    values = [Value(tensor.size, tensor.first, tensor.last) for tensor in inner]
+    rooms = [Room(output.size, output.first) for output in outputs]
+    layouts = plan(values, rooms, [sizes.at(numbers) for numbers in _tried(len(sizes.symbols))])
+    # Of known sizes, the last one fits and is the best.
+    layouts = layouts if sizes.symbols else layouts[-1:]
+    symbols = [relax.prim_value(symbol) for symbol in sizes.symbols]
+    extent = extent_function(layouts, values, rooms, sizes)
+    if not isinstance(extent, int):
+        size = tirx.Var("extent", "int64")
+        made.append(relax.VarBinding(size, relax.Call(builder.add_func(extent, "extent"), symbols)))
+        extent = size
+    made += _in_storage(inner, extent)
+    place = builder.add_func(place_function(layouts, values, rooms, sizes), "place")
+    arguments = [*(tensor.var for tensor in (*inner, *outputs)), *symbols]
     return [*made, relax.VarBinding(relax.Var("placed", relax.TupleType([])), relax.Call(place, arguments))]
+
+
+def _tried(symbols: int) -> list[list[int]]:
+    """Numbers for the symbols, for which layouts are found and compared."""
+    if not symbols:
+        return [[]]
+    alone = [[one if i == j else rest for i in range(symbols)] for one, rest in AGAINST for j in range(symbols)]
+    return [*([number] * symbols for number in TRIED), *(alone if symbols > 1 else [])]
 
 
 def _in_storage(tensors: Sequence[_Tensor], size: Any) -> list[Any]:
@@ -241,45 +250,8 @@ def _in_storage(tensors: Sequence[_Tensor], size: Any) -> list[Any]:
 
     memory = relax.op.memory
     storage = relax.Var("storage", relax.ObjectType())
-    made = [relax.VarBinding(storage, memory.alloc_storage(relax.ShapeExpr([rounded(size)]), 0, "global", "uint8"))]
+    made = [relax.VarBinding(storage, memory.alloc_storage(relax.ShapeExpr([size]), 0, "global", "uint8"))]
     for tensor in tensors:
         shape, kind = tensor.value.args[:2]
         made.append(relax.VarBinding(tensor.var, memory.alloc_tensor(storage, 0, shape, kind.value)))
     return made
-
-
-def _place(offsets: Sequence[Sequence[Bound]], quantities: int) -> Any:
-    """The function (tensor_0, tensor_1, ..., quantities...) that adds its offset to each tensor's pointer."""
-    from tvm import tirx
-
-    tensors = [tirx.Var(f"tensor_{index}", "handle") for index in range(len(offsets))]
-    given = [tirx.Var(f"quantity_{index}", "int64") for index in range(quantities)]
-    steps = []
-    for tensor, sums in zip(tensors, offsets, strict=True):
-        data = tirx.call_intrin("handle", "tirx.tvm_struct_get", tensor, 0, DATA_FIELD)
-        offset = tirx.floordiv(_largest(sums, given) + tirx.const(ALIGNMENT - 1, "int64"), ALIGNMENT) * ALIGNMENT
-        moved = tirx.call_intrin("handle", "tirx.handle_add_byte_offset", data, offset)
-        steps.append(tirx.Evaluate(tirx.call_intrin("int32", "tirx.tvm_struct_set", tensor, 0, DATA_FIELD, moved)))
-    function = tirx.PrimFunc([*tensors, *given], tirx.SeqStmt(steps) if len(steps) > 1 else steps[0])
-    return function.with_attr({"tirx.is_host_func": True})
-
-
-def _largest(sums: Sequence[Bound], quantities: Sequence[Any]) -> Any:
-    """The largest of the sums, for quantities that are taken for 1 where they are 0: an int64 expression or an int."""
-    from tvm import tirx
-
-    if all(bound.is_constant for bound in sums):
-        return max(bound.at(()) for bound in sums)
-    one = tirx.const(1, "int64")
-    return functools.reduce(tirx.max, [bound.expression([tirx.max(q, one) for q in quantities]) for bound in sums])
-
-
-def rounded(size: Any) -> Any:
-    """A number as it is; an expression rounded up to a power of two, or to a multiple of LARGEST_STEP."""
-    from tvm import tirx
-
-    if isinstance(size, int):
-        return tirx.IntImm("int64", max(size, 1))
-    bits = tirx.const(64, "int64") - tirx.Cast("int64", tirx.clz(tirx.max(size - 1, tirx.const(1, "int64"))))
-    step = tirx.min(tirx.shift_left(tirx.const(1, "int64"), bits), tirx.const(LARGEST_STEP, "int64"))
-    return tirx.floordiv(size + (step - 1), step) * step

@@ -1,4 +1,4 @@
-"""Where values lie: what lives at one time never overlaps, and little is left over."""
+"""Where values lie: what lives at one time never overlaps, rooms are left in time, and little is left over."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 
-from kbitc.targets.memory.arena import ALIGNMENT, Arena, Value, plan
-from kbitc.targets.memory.bounds import Bound, Quantities
-from tests.targets.memory.test_bounds import M, N
+from kbitc.targets.memory.arena import ARENA, Layout, Room, Value, largest_live_set, plan
 
 
-def places(arena: Arena, numbers: list[int]) -> list[int]:
-    ends = [max(bound.at(numbers) for bound in sums) for sums in arena.offsets]
-    return [-(-end // ALIGNMENT) * ALIGNMENT for end in ends]
-
-
-def check(values: list[Value], arena: Arena, numbers: list[int]) -> None:
-    """No two values that live at one time overlap, and all end inside."""
-    offsets, sizes = places(arena, numbers), [value.size.at(numbers) for value in values]
-    room = max(bound.at(numbers) for bound in arena.size)
-    assert all(offset + size <= room for offset, size in zip(offsets, sizes, strict=True))
+def check(values: list[Value], rooms: list[Room], layout: Layout, point: list[int]) -> None:
+    """No two values that live at one time overlap, all end inside, and rooms are empty when they are used."""
+    sizes, spaces = [point[value.size] for value in values], [point[room.size] for room in rooms]
+    extent = layout.extent(sizes, spaces)
+    if extent is None:
+        return
+    offsets = layout.offsets(sizes)
+    for i, room in enumerate(layout.rooms):
+        assert offsets[i] + sizes[i] <= (extent if room == ARENA else spaces[room])
+        assert room == ARENA or values[i].last < rooms[room].first
+    for room in {ARENA, *layout.rooms}:
+        inside = [i for i, where in enumerate(layout.rooms) if where == room]
+        tops = max((offsets[i] + sizes[i] for i in layout.tops(room)), default=0)
+        assert tops == max((offsets[i] + sizes[i] for i in inside), default=0)
     for i, j in combinations(range(len(values)), 2):
-        if values[i].first <= values[j].last and values[j].first <= values[i].last:
+        together = values[i].first <= values[j].last and values[j].first <= values[i].last
+        if together and layout.rooms[i] == layout.rooms[j]:
             assert offsets[i] + sizes[i] <= offsets[j] or offsets[j] + sizes[j] <= offsets[i]
 
 
@@ -31,28 +34,41 @@ def lives(random: np.random.Generator, count: int) -> list[tuple[int, int]]:
     return [(i, i + int(random.integers(0, 6))) for i in range(count)]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_numbers_do_not_overlap(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(8))
+def test_layouts_are_right_whatever_the_sizes_are(seed: int) -> None:
+    """Sizes of other points than those that the layouts were found for, zeros too."""
     random = np.random.default_rng(seed)
-    values = [Value(Bound.constant(int(random.integers(0, 5000))), *life) for life in lives(random, 40)]
-    check(values, plan(values, [[]]), [])
 
+    def point(n: int, m: int) -> list[int]:
+        return [64 * size for size in (3 * n, n * m, n * n, n + 5, m * m * m, 12)]
 
-@pytest.mark.parametrize("seed", range(5))
-def test_symbolic_sizes_do_not_overlap_whatever_they_are(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    quantities = Quantities()
-    made = [N * 48, N * M * 4, N * N * 12, N * 4 + 100, M * M * M, 777]
-    bounds = [quantities.bound(made[int(random.integers(0, len(made)))]) for _ in range(40)]
-    count = len(quantities.expressions)
-    values = [Value(bound, *life) for bound, life in zip(bounds, lives(random, 40), strict=True)]
-    arena = plan(values, [[number] * count for number in (4, 64)])
-    for numbers in product((1, 3, 50, 1000), repeat=count):
-        check(values, arena, list(numbers))
+    values = [Value(int(random.integers(0, 6)), *life) for life in lives(random, 40)]
+    rooms = [Room(int(random.integers(0, 6)), step) for step in (15, 39)]
+    layouts = plan(values, rooms, [point(4, 4), point(64, 64), point(1, 64)])
+    assert set(layouts[0].rooms) == {ARENA}
+    for n, m in product((0, 1, 3, 50, 1000), repeat=2):
+        for layout in layouts:
+            check(values, rooms, layout, point(n, m))
 
 
 def test_a_chain_takes_its_two_largest_neighbours() -> None:
     """640 and 1280 bytes live together; the offsets leave nothing over."""
     sizes = [64, 640, 1280, 64, 640]
-    values = [Value(Bound.constant(size), i, i + 1) for i, size in enumerate(sizes)]
-    assert max(bound.at([]) for bound in plan(values, [[]]).size) == 1920
+    values = [Value(place, place, place + 1) for place in range(5)]
+    assert plan(values, [], [sizes])[0].extent(sizes, []) == 1920
+
+
+def test_what_is_dead_before_an_output_lies_in_its_memory() -> None:
+    """1280 + 640, then 640 + an output of 1920: apart 3840, of which 2560 live at one time."""
+    sizes = [1280, 640, 1920]
+    values, rooms = [Value(0, 0, 1), Value(1, 1, 2)], [Room(2, 2)]
+    layout = plan(values, rooms, [sizes])[-1]
+    assert layout.rooms == (0, ARENA) and layout.extent(sizes[:2], sizes[2:]) == 640
+    assert largest_live_set(values, rooms, sizes) == 640 + 1920
+    check(values, rooms, layout, sizes)
+
+
+def test_a_layout_does_not_count_where_an_output_is_too_small() -> None:
+    layout = Layout((0,), ((),), (0,))
+    assert layout.extent([128], [64]) is None
+    assert layout.extent([128], [128]) == 0

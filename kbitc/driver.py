@@ -237,7 +237,7 @@ def quantize_prepared(
     if options.activation == UINT8 or prepared.carried is not None:
         with trace.stage("plan activations"):
             samples = replace(prepared, original=solved.model)
-            plan, weights = plan_static(samples, plan, solved.tensors, weights, options)
+            plan, weights = plan_static(samples, plan, solved.tensors, weights, options, trace.on_stage)
     trace.dump("05-plan.json", plan.text)
     with trace.stage("rewrite"):
         quantized = rewrite(solved.model, plan, solved.tensors, kinds)

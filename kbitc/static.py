@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,7 +55,7 @@ def find_carried(model: ir.Model, options: CompileOptions, target: Target) -> Ca
 
 def plan_static(
     samples: Samples, plan: QuantPlan, tensors: Mapping[str, QTensor], weights: tuple[WeightReport, ...],
-    options: CompileOptions,
+    options: CompileOptions, progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[QuantPlan, tuple[WeightReport, ...]]:  # fmt: skip
     """The plan with codes for activations, and the account of the weights under that plan.
 
@@ -83,6 +83,7 @@ def plan_static(
         integer_only=options.integer_only,
         carried={} if carried is None else carried.codes,
         watched=None if carried is None else carried.limited(),
+        progress=progress,
     )
     entries = {entry.tensor: entry for entry in planned.entries}
     return planned, tuple(replace(item, entry=entries[item.entry.tensor]) for item in weights)

@@ -39,6 +39,7 @@ def plan_activations(
     integer_only: bool = False,
     carried: Mapping[str, Codes] = MappingProxyType({}),
     watched: ir.Model | None = None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> QuantPlan:
     """The plan with codes for activations; weights that no integer node reads keep float activations.
 
@@ -52,6 +53,7 @@ def plan_activations(
         integer_only: no float node may be left.
         carried: value name -> the codes that the model itself rounds it to.
         watched: the model that calibration runs, which computes the same values; None for `model`.
+        progress: hears how far it is.
 
     Raises:
         UsageError: there is no such observer.
@@ -59,7 +61,7 @@ def plan_activations(
     """
     module = catalog.find(OBSERVERS, observer, "observer")
     watched = watched or model
-    stats = CalibrationStats() if batches is None else cached(watched, observable(model), batches)
+    stats = CalibrationStats() if batches is None else cached(watched, observable(model), batches, progress)
     chosen = {entry.tensor for entry in plan.quantized() if entry.activation == UINT8}
     refused = {entry.tensor: entry.reason for entry in plan.entries if entry.tensor not in chosen}
     data = "the model" if batches is None else f"{stats.batches} batches"
@@ -72,13 +74,14 @@ def plan_activations(
     static = planned({})
     if batches is not None and hasattr(module, "candidates"):
         feeds = fixed_sample(batches, BATCHES)
-        static = planned(measured_ranges(watched, planned, _candidates(module.candidates, static, stats), feeds))
+        offered = _candidates(module.candidates, static, stats)
+        static = planned(measured_ranges(watched, planned, offered, feeds, progress))
     return QuantPlan(tuple(_settled(model, entry, static) for entry in plan.entries), static)
 
 
 def measured_ranges(
     model: ir.Model, planned: Callable[[Ranges], StaticPlan], candidates: Mapping[str, list[Range]],
-    feeds: Sequence[Feeds],
+    feeds: Sequence[Feeds], progress: Callable[[str], None] = lambda text: None,
 ) -> Ranges:  # fmt: skip
     """Value -> that one of its candidates which does least to the outputs, where it is not the first.
 
@@ -87,11 +90,12 @@ def measured_ranges(
         planned: the plan with these ranges of values.
         candidates: value -> ranges to choose from, in order.
         feeds: samples.
+        progress: hears how far it is.
     """
     turns = range(max(map(len, candidates.values()), default=0))
     plans = [planned({name: every[min(turn, len(every) - 1)] for name, every in candidates.items()}) for turn in turns]
     offers = {name: [plans[turn].codes(name) for turn in range(len(every))] for name, every in candidates.items()}
-    best = least_noise(model, offers, feeds)
+    best = least_noise(model, offers, feeds, progress)
     return {name: candidates[name][index] for name, index in best.items() if index}
 
 

@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from kbitc.graph.evaluate import Session, light_proto
 from kbitc.importer.batches import digest
+from kbitc.passes.calibrate.sizes import bound_dims, elements_of
 from kbitc.passes.calibrate.stream import only
 from kbitc.quant.stats import CalibrationStats
 
@@ -30,8 +31,6 @@ Feeds = Mapping[str, Array]
 BUDGET = 1 << 29
 #: Part of the cache key: counts up when what is collected changes.
 VERSION = 1
-#: Dims whose size the shapes do not tell count as this.
-_UNKNOWN_DIM = 64
 
 
 def collect(
@@ -86,32 +85,18 @@ def _in_turn(model: ir.Model, groups: Sequence[Sequence[str]]) -> list[Session]:
 
 def in_groups(model: ir.Model, names: Sequence[str], feeds: Feeds, budget: int) -> list[list[str]]:
     """Cut the names, in order, into groups whose values fit the budget for one batch like `feeds`."""
-    bound: dict[str, int] = {}
-    for value in model.graph.inputs:
-        dims = value.shape.dims if value.shape is not None else ()
-        for dim, size in zip(dims, feeds[value.name or ""].shape, strict=False):
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                bound[dim.value] = int(size)
+    bound = bound_dims(model, feeds)
     values = ir.convenience.create_value_mapping(model.graph)
     groups: list[list[str]] = []
     used = budget
     for name in names:
-        size = _bytes_of(values[name], bound)
+        size = 4 * elements_of(values[name], bound)
         if not groups or used + size > budget:
             groups.append([])
             used = 0
         groups[-1].append(name)
         used += size
     return groups
-
-
-def _bytes_of(value: ir.Value, bound: Mapping[str, int]) -> int:
-    if value.shape is None:
-        return 4 * _UNKNOWN_DIM**3
-    size = 4
-    for dim in value.shape.evaluate(bound).dims:
-        size *= dim if isinstance(dim, int) else _UNKNOWN_DIM
-    return size
 
 
 def cached(

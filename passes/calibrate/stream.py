@@ -47,7 +47,7 @@ def only(model: ir.Model, names: Sequence[str], given: Sequence[str] = ()) -> ir
     Args:
         model: canonical graph; it is not changed.
         names: what it computes.
-        given: values that are known; those that spare work become inputs, if they are a node's only output.
+        given: values that are known; those that spare work become inputs.
 
     Raises:
         InternalError: a name that no node of the main graph computes.
@@ -60,11 +60,13 @@ def only(model: ir.Model, names: Sequence[str], given: Sequence[str] = ()) -> ir
     copy.graph.outputs[:] = [made[name] for name in names]
     for value in (made[name] for name in given):
         node = value.producer()
-        if node is not None and len(node.outputs) == 1:
-            known = ir.Value(name=value.name, shape=value.shape, type=value.type)
-            ir.convenience.replace_all_uses_with(value, known)
-            copy.graph.inputs.append(known)
-            value.name = None
+        known = ir.Value(name=value.name, shape=value.shape, type=value.type)
+        ir.convenience.replace_all_uses_with(value, known)
+        copy.graph.inputs.append(known)
+        # Another result of the same node may still be needed; an optional result without a name is left out.
+        value.name = (
+            edit.fresh_name(copy.graph, f"{value.name}.again") if node is not None and len(node.outputs) > 1 else None
+        )
     edit.remove_dead(copy)
     wanted = {value.name for value in model.graph.inputs}
     copy.graph.inputs[:] = [value for value in copy.graph.inputs if value.name in wanted or value.uses()]

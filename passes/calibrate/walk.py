@@ -44,7 +44,7 @@ class Walk:
             first: name of a node; what changes before the next run lies at it or behind it, and so do all later names.
         """
         inputs = {value.name for value in model.graph.inputs}
-        kept = [name for name in _alive_at(model, first) if name not in inputs]
+        kept = [name for name in alive_at(model, first) if name not in inputs]
         known = list(self._held[0]) if self._held else []
         missing = [name for name in dict.fromkeys([*names, *kept]) if name not in inputs and name not in known]
         session = Session(only(model, missing, known)) if missing else None
@@ -60,8 +60,8 @@ class Walk:
             self._held = held
 
 
-def _alive_at(model: ir.Model, first: str) -> list[str]:
-    """What nodes with one result compute in front of a node and it or later ones read, in graph order."""
+def alive_at(model: ir.Model, first: str) -> list[str]:
+    """What nodes compute in front of a node and it or later ones read, in graph order."""
     made: list[str] = []
     read: set[str] = set()
     reached = False
@@ -69,6 +69,6 @@ def _alive_at(model: ir.Model, first: str) -> list[str]:
         reached = reached or node.name == first
         if reached:
             read.update(value.name for value in read_by(node) if value.name)
-        elif len(node.outputs) == 1 and node.outputs[0].name:
-            made.append(node.outputs[0].name)
+        else:
+            made += [value.name for value in node.outputs if value.name]
     return [name for name in made if name in read]

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 import pytest
 
 from kbitc import driver, options
 from kbitc.importer.feeds import open_batches
 from kbitc.options import Method
+from kbitc.passes.allocate import measured
 from kbitc.passes.allocate.activations import plan_activations
-from kbitc.passes.allocate.measured import alive_behind, least_noise
+from kbitc.passes.allocate.measured import alive_behind, least_noise, windows
 from kbitc.passes.calibrate.moments import fixed_sample
 from kbitc.passes.canonicalize import canonicalize
 from kbitc.passes.solve import solve_weights
@@ -47,6 +49,74 @@ def test_outputs_and_values_with_one_range_keep_it() -> None:
     weights, feeds = outlier(1.0)
     offers = {"y": [NARROW, WIDE], "h": [NARROW], "missing": [NARROW, WIDE]}
     assert least_noise(model(GRAPH, weights), offers, [feeds]) == dict.fromkeys(offers, 0)
+
+
+DEPTH = 12
+
+
+def deep() -> tuple[ir.Model, dict[str, Array]]:
+    """Layers of one size one behind the other, each read again by the one after the next; and a sample."""
+    rng = np.random.default_rng(0)
+    steps = [f"h{i} = Relu(x{i})  p{i} = MatMul(h{i}, w{i})  x{i + 1} = Add(p{i}, h{i})" for i in range(DEPTH)]
+    text = f"agraph (float[64, 8] x0) => (float[64, 8] y) {{ {'  '.join(steps)}  y = Neg(x{DEPTH}) }}"
+    weights = {f"w{i}": rng.normal(0, 0.2, (8, 8)).astype(np.float32) for i in range(DEPTH)}
+    made = model(text, weights)
+    for node in made.graph:
+        node.name = f"make {node.outputs[0].name}"
+    return made, {"x0": rng.uniform(0, 4, (64, 8)).astype(np.float32)}
+
+
+def ran(made: ir.Model, limit: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, int], list[str]]:
+    """Nodes run while the ranges of every h are measured, what was chosen, and what progress heard."""
+    nodes, heard = 0, []
+    plain = measured.Session
+
+    class Counting(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, part: ir.Model) -> None:
+            super().__init__(part)
+            self.size = len(part.graph)
+
+        def run(self, feeds: Any) -> Any:
+            nonlocal nodes
+            nodes += self.size
+            return super().run(feeds)
+
+    monkeypatch.setattr(measured, "Session", Counting)
+    offers = {f"h{i}": [codes_for(0.0, 0.01, 8), codes_for(0.0, 100.0, 8)] for i in range(DEPTH)}
+    found = least_noise(made, offers, [deep()[1]], heard.append, limit=limit)
+    return nodes, found, heard
+
+
+def test_a_limit_bounds_the_work_and_not_the_number_of_values_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = deep()
+    whole, best, _ = ran(made, 1 << 60, monkeypatch)
+    nodes, found, heard = ran(made, 0, monkeypatch)
+    # Whole: 2 ranges through 3 DEPTH + 1 nodes less those in front. A window a node: a node or two behind the value.
+    assert whole > DEPTH * 3 * DEPTH > 2 * 2 * len(made.graph) >= nodes
+    assert found == best == {f"h{i}": 1 for i in range(DEPTH)}
+    assert len(heard) == DEPTH and heard[-1].endswith(f"{DEPTH} of {DEPTH}")
+
+
+def test_windows_are_as_few_as_the_limit_allows() -> None:
+    made, feeds = deep()
+    offers = {f"h{i}": 2 for i in range(DEPTH)}
+    counts = [len(windows(made, offers, [feeds], limit)) for limit in (1 << 60, 1 << 23, 0)]
+    assert counts[0] == 1 < counts[1] < counts[2] == len(made.graph)
+    for limit in (1 << 60, 1 << 23, 0):
+        cut = windows(made, offers, [feeds], limit)
+        assert [name for window in cut for name in window.names] == [node.outputs[0].name for node in made.graph]
+        assert cut[-1].ends == ("y",)
+
+
+def test_what_is_no_node_s_result_is_no_end() -> None:
+    weights, feeds = outlier(1.0)
+    graph = model(GRAPH, weights)
+    graph.graph.outputs.extend([graph.graph.inputs[0], graph.graph.initializers["w"]])
+    assert least_noise(graph, {"h": [NARROW, WIDE]}, [feeds]) == {"h": 1}
+
+
+def test_a_graph_without_nodes_has_nothing_to_measure() -> None:
+    assert least_noise(model("agraph (float[2] x) => (float[2] x) { }"), {}, [{"x": np.zeros(2, np.float32)}]) == {}
 
 
 def test_what_is_alive_behind_each_value() -> None:

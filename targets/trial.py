@@ -14,12 +14,13 @@ from tvm import relax
 
 from kbitc.bundle.profile import Clock, LayerTimes, clock_of, profile
 from kbitc.bundle.runtime import load_built
+from kbitc.quant.levels import WHOLE_BYTES, LevelTensor
 from kbitc.quant.scales import store_scales
 from kbitc.quant.scheme import QuantScheme
 from kbitc.quant.tensor import QTensor, scale_shape
 from kbitc.targets.build import Built, compile_module
 from kbitc.targets.lower.context import Context
-from kbitc.targets.lower.contraction import Contraction, ConvAttributes
+from kbitc.targets.lower.contraction import Contraction, ConvAttributes, Requantization
 from kbitc.targets.lower.emitter import Signature
 from kbitc.targets.lower.offer import offer
 from kbitc.targets.rules.base import schedule
@@ -141,6 +142,18 @@ def made_up_weight(scheme: str | None, shape: tuple[int, int, int]) -> QTensor |
     return QTensor(codes, scales, zeros, data_type, parsed, steps, offsets)
 
 
+def made_up_levels(bits: int, shape: tuple[int, int, int]) -> LevelTensor:
+    """A weight [N, T, C] of random levels of k bits."""
+    half = 1 << (bits - 1)
+    codes = np.random.default_rng(SEED).integers(0, 2 * half, shape).astype(np.uint8)
+    return LevelTensor(codes, bits, () if bits == WHOLE_BYTES else tuple(range(-half, half)))
+
+
+def made_up_requantization(outputs: int) -> Requantization:
+    """One of half a code for every step of the accumulator, a number a channel."""
+    return Requantization(np.full(outputs, 1 << 30, np.int32), np.full(outputs, 40, np.int32), 0, 0, 255)
+
+
 def from_facts(facts: Mapping[str, Any], sizes: Mapping[str, int]) -> Contraction | None:
     """The contraction that a layer of a report describes, with made-up weights.
 
@@ -149,13 +162,19 @@ def from_facts(facts: Mapping[str, Any], sizes: Mapping[str, int]) -> Contractio
         sizes: of symbolic dims.
 
     Returns:
-        None for layers that are no products by a weight, or whose weight or shape is not known.
+        None for layers that are no products by a weight, or whose weight, factors of blocks or shape is not known.
     """
     shapes = [known(facts[key], sizes) for key in ("x_shape", "out_shape")]
-    if facts["kind"] not in ("matmul", "conv") or facts["activation"] == "uint8" or None in shapes:
+    if facts["kind"] not in ("matmul", "conv") or facts["weight"] is None or None in shapes:
         return None
-    scheme = None if facts["weight"] == "float32" else facts["weight"]
-    weight = made_up_weight(scheme, tuple(facts["weight_shape"]))
+    codes, (n, taps, channels) = facts["activation"] == "uint8", facts["weight_shape"]
+    if codes and "blocks" in facts["weight"]:
+        return None
+    weight: QTensor | LevelTensor | npt.NDArray[np.float32]
+    if codes:
+        weight = made_up_levels(facts["bits"], (n, taps, channels))
+    else:
+        weight = made_up_weight(None if facts["weight"] == "float32" else facts["weight"], (n, taps, channels))
     block = 0
     if isinstance(weight, QTensor) and facts["activation"] == "int8":
         block = weight.block if weight.block < weight.shape[2] else 0
@@ -167,6 +186,7 @@ def from_facts(facts: Mapping[str, Any], sizes: Mapping[str, int]) -> Contractio
     return Contraction(
         facts["name"], facts["kind"], weight, facts["activation"], shapes[0] or (), shapes[1] or (),
         activation_block=block, conv=geometry,
+        requantize=made_up_requantization(n) if facts.get("result") == "uint8" else None,
     )  # fmt: skip
 
 

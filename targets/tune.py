@@ -17,6 +17,7 @@ from kbitc.errors import KbitcError
 from kbitc.quant.packing import LANES
 from kbitc.quant.tensor import QTensor
 from kbitc.targets import machine
+from kbitc.targets.cpu.rules.integer import usual_tile
 from kbitc.targets.kernels.ftile import MOST_ROWS, registers_of
 from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.lower.contraction import Contraction
@@ -24,7 +25,8 @@ from kbitc.targets.target import Target
 from kbitc.targets.trial import Trial, build_trials, from_facts, time_trials
 from kbitc.targets.tuning import Entry, Schedule, shape_class, weight_text
 
-INTEGER, FLOATS = ("integer_product", "weight_only_product"), ("float_product", "unpacked_conv")
+CODES = "code_product"
+INTEGER, FLOATS = ("integer_product", "weight_only_product", CODES), ("float_product", "unpacked_conv")
 MOST_TILES, MOST_FEW = 4, 8
 UNROLLS = (1, 2, 4, 8)
 USUAL = "usual"
@@ -44,6 +46,8 @@ def usual_schedule(rule: str, target: Target, contraction: Contraction) -> Sched
     if rule in FLOATS:
         registers = registers_of(target)
         return Schedule(*registers.shape(_tiles(contraction)), registers.few_tiles)
+    if rule == CODES:
+        return Schedule(*usual_tile(contraction, target))
     isa, weight = isa_of(target), contraction.weight
     if rule != "integer_product" or not isinstance(weight, QTensor):
         return Schedule(isa.rows, isa.tiles, isa.vector_tiles)
@@ -53,11 +57,14 @@ def usual_schedule(rule: str, target: Target, contraction: Contraction) -> Sched
 def candidates(rule: str, target: Target, contraction: Contraction) -> list[Schedule]:
     """What is worth trying, apart from the usual schedule: tiles that fit the registers and are not tiny."""
     usual, tiles, rows = usual_schedule(rule, target, contraction), _tiles(contraction), _rows(contraction)
+    # Register tiles of codes do not cross from one group into the next.
+    apart = rule == CODES and _groups(contraction) > 1
+    whole = [t for t in range(1, min(MOST_FEW, tiles) + 1) if not apart or tiles % t == 0]
     found = []
     if rows < usual.rows:
-        found = [replace(usual, few_tiles=few) for few in range(1, min(MOST_FEW, tiles) + 1)]
+        found = [replace(usual, few_tiles=few) for few in whole]
     else:
-        shapes = [(r, t) for t in range(1, min(MOST_TILES, tiles) + 1) for r in range(1, min(MOST_ROWS, rows) + 1)]
+        shapes = [(r, t) for t in whole if t <= MOST_TILES for r in range(1, min(MOST_ROWS, rows) + 1)]
         found = [replace(usual, rows=r, tiles=t) for r, t in shapes if _fits(rule, target, r, t)]
     if rule in FLOATS:
         found += [replace(usual, unroll=steps) for steps in UNROLLS]
@@ -67,18 +74,22 @@ def candidates(rule: str, target: Target, contraction: Contraction) -> list[Sche
 def _fits(rule: str, target: Target, rows: int, tiles: int) -> bool:
     """Sums, weights and an activation fit, and fill a good part of the registers.
 
-    An integer product has a second sum a place, which may be spilled: it is touched once a block only.
+    An integer product has a second sum a place, which may be spilled: it is touched once a block only. Products of
+    codes need the levels of one tile at a time.
     """
     parts = LANES // min(target.lanes, LANES)
-    sums = rows * tiles * parts
+    sums, levels = rows * tiles * parts, (1 if rule == CODES else tiles) * parts
     least = target.registers // 3
-    return least <= sums and sums + tiles * parts + 1 <= target.registers
+    return least <= sums and sums + levels + 1 <= target.registers
 
 
 def _tiles(contraction: Contraction) -> int:
-    groups = 1 if contraction.conv is None else contraction.conv.group
     outputs = int(contraction.out_shape[-1])
-    return -(-outputs // groups // LANES)
+    return -(-outputs // _groups(contraction) // LANES)
+
+
+def _groups(contraction: Contraction) -> int:
+    return 1 if contraction.conv is None else contraction.conv.group
 
 
 def _rows(contraction: Contraction) -> int:

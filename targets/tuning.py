@@ -194,10 +194,12 @@ def _entry(item: Any, where: str) -> Entry:
 
 
 def weight_text(weight: Any) -> str:
-    """What a weight [N, T, C] is, in a word: its scheme, or the width of its levels, or float32."""
+    """What a weight [N, T, C] is, in a word: its scheme, or the width of its levels (and blocks), or float32."""
     if isinstance(weight, QTensor):
         return str(weight.scheme)
-    return f"{weight.bits}-bit levels" if isinstance(weight, LevelTensor) else "float32"
+    if not isinstance(weight, LevelTensor):
+        return "float32"
+    return f"{weight.bits}-bit levels" + (f" in blocks of {weight.block}" if weight.block else "")
 
 
 def shape_class(weight: str, rows: Sequence[Any], shape: Sequence[int]) -> str:

@@ -1,31 +1,48 @@
 """Searches the schedules of common products, and puts those that are faster every time into targets/tuned.json.
 
     python examples/benchmarks/tuned.py [--targets x86:avx512vbmi x86:avx2] [--schemes int4:b32] [--rows 1 many]
+    python examples/benchmarks/tuned.py --schemes --codes 8 4      # only static convolutions, of 8 and of 4 bits
 
 What the search of `kbitc tune` finds is measured again REPEATED times, and kept only when it is ahead each time. One
 schedule serves 2 to 15 rows and one all from 16 on, so it has to be ahead for each of FEW or MANY, which leave a rest
 behind most tiles. Where the rows are not known before the module runs, the schedule for one row and that for many are
-put together; that must be behind for no number of rows. Entries of other processors and products stay in the file.
+put together; that must be behind for no number of rows. Static convolutions have to be ahead at every size of image.
+Entries of other processors and products stay in the file.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import harness
 
-from kbitc.targets.lower.contraction import Contraction
+from kbitc.targets.lower.contraction import Contraction, ConvAttributes
 from kbitc.targets.target import Target, host_runs, parse_target
-from kbitc.targets.trial import made_up_weight
+from kbitc.targets.trial import made_up_levels, made_up_requantization, made_up_weight
 from kbitc.targets.tune import GAIN, gain, search, usual_schedule
-from kbitc.targets.tuning import SHIPPED, Entry, Schedule, Tuning, read_tuning, shape_class
+from kbitc.targets.tuning import SHIPPED, Entry, Schedule, Tuning, read_tuning, shape_class, weight_text
 
-RULE = "integer_product"
+RULE, CODES = "integer_product", "code_product"
 TARGETS = ("x86:avx512vbmi", "x86:avx2")
 SCHEMES = ("int4:b32", "nf4:b32", "int8:c", "int2:b32", "int3:b32", "int4:b32/i4")
 # (N, K) of MiniLM, BERT-base and models of 7 billion weights.
 MATRICES = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072), (4096, 4096), (11008, 4096))
+# (C, N, taps across, stride, heights and widths) of convolutions of ResNet-50 and MobileNetV2, for images of 224 and of
+# 320 pixels.
+CONVOLUTIONS = (
+    (64, 64, 3, 1, (56, 80)),
+    (256, 64, 1, 1, (56, 80)),
+    (64, 256, 1, 1, (56, 80)),
+    (128, 128, 3, 1, (28, 40)),
+    (256, 256, 3, 1, (14, 20)),
+    (256, 1024, 1, 1, (14, 20)),
+    (1024, 256, 1, 1, (14, 20)),
+    (512, 512, 3, 1, (7, 10)),
+    (24, 144, 1, 1, (56, 80)),
+    (192, 32, 1, 1, (28, 40)),
+)
 ONE, FEW, MANY = (1,), (8, 12, 5), (128, 16, 20, 33)
 CLASSES = {"1": ONE, "few": FEW, "many": MANY}
 ANY = "rows"
@@ -42,6 +59,18 @@ def product(scheme: str, rows: int, n: int, channels: int) -> Contraction:
     block = getattr(weight, "block", 0)
     scale_block = 0 if block >= channels or scheme.endswith("/i4") else block
     return Contraction("m", "matmul", weight, "int8", (rows, channels), (rows, n), scale_block)
+
+
+def convolution(bits: int, sizes: tuple[int, int, int, int], side: int) -> Contraction:
+    """A static convolution (C, N, taps across, stride) of an image of side x side, bordered by half its window."""
+    channels, n, across, stride = sizes
+    weight, pad = made_up_levels(bits, (n, across * across, channels)), across // 2
+    out = (side + 2 * pad - across) // stride + 1
+    geometry = ConvAttributes((across, across), (stride, stride), (pad,) * 4)
+    return Contraction(
+        "c", "conv", weight, "uint8", (1, side, side, channels), (1, out, out, n), conv=geometry,
+        requantize=made_up_requantization(n),
+    )  # fmt: skip
 
 
 def repeated(
@@ -94,11 +123,27 @@ def entries(target: Target, scheme: str, n: int, channels: int, classes: Sequenc
         yield Entry(RULE, target.name, shape, both, least, "" if measured is None else measured.machine)
 
 
+def convolutions(target: Target, bits: int) -> None:
+    """What is faster for static convolutions, into the file."""
+    for *sizes, sides in CONVOLUTIONS:
+        products = [convolution(bits, tuple(sizes), side) for side in sides]
+        weight = products[0].weight
+        shape = shape_class(weight_text(weight), products[0].out_shape[:-1], weight.shape)
+        entry, _ = search(CODES, target, products[0], shape)
+        least = 0.0 if entry is None else repeated(entry.schedule, target, products)
+        print(f"  {target} {shape}: {entry and (entry.schedule, entry.speed)}, again {least:.2f}", flush=True)
+        found = [] if entry is None or least < GAIN else [replace(entry, speed=least)]
+        known = read_tuning(SHIPPED).entries()
+        others = [item for item in known if item.key != (CODES, target.name, shape) or not item.here]
+        SHIPPED.write_text(Tuning([*others, *found]).text(), encoding="utf-8")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Schedules of common products that ship with kbitc.")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
+    parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument("--codes", nargs="*", type=int, default=[8], help="bits of the levels of static convolutions")
     parser.add_argument("--widest", type=int, default=max(n for n, _ in MATRICES), help="leave wider ones out")
     parser.add_argument("--rows", nargs="+", choices=list(CLASSES), default=list(CLASSES))
     given = parser.parse_args()
@@ -112,6 +157,8 @@ def main() -> None:
                 if max(n, channels) <= given.widest:
                     print(f"{target} {scheme} {n}x{channels}", flush=True)
                     keep(list(entries(target, scheme, n, channels, classes)), target, scheme, (n, 1, channels))
+        for bits in given.codes:
+            convolutions(target, bits)
 
 
 def keep(found: Sequence[Entry], target: Target, scheme: str, shape: tuple[int, int, int]) -> None:

@@ -106,21 +106,32 @@ def tile_shape(spec: IgemmSpec, dot: ByteDot) -> tuple[int, int]:
     return shape
 
 
-def make_igemm(spec: IgemmSpec, dot: ByteDot, isa: Isa, name: str) -> Any:
+def few_tiles(spec: IgemmSpec) -> int:
+    """16-channel tiles of the register tile of one row."""
+    return min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
+
+
+def make_igemm(spec: IgemmSpec, dot: ByteDot, isa: Isa, name: str, tile: tuple[int, int, int] | None = None) -> Any:
     """The PrimFunc of a specification.
+
+    `tile` has rows and 16-channel tiles of the register tile, and tiles of that of one row; None for the usual ones.
+    Groups of which it would leave a rest have the usual ones too.
 
     Arguments in order: x uint8 [*rows, pixel] (flat: one axis), packed uint8 [tiles, T, Cp/32, k, 64],
     bias int32 [tiles * 16], factors int8 [tiles, T, CB, 16] (if any), multiplier, shift, addend (if any),
     out uint8 or int32 [*out rows, groups * N], accumulators int32 of that shape (if asked for).
     """
-    return v.kernel(name, lambda: _Generator(spec, dot, isa).emit())
+    if tile is None or (spec.groups > 1 and any(spec.group_tiles % tiles for tiles in tile[1:])):
+        tile = (*tile_shape(spec, dot), few_tiles(spec))
+    return v.kernel(name, lambda: _Generator(spec, dot, isa, tile).emit())
 
 
 class _Generator:
     """Emits the statements of one kernel."""
 
-    def __init__(self, spec: IgemmSpec, dot: ByteDot, isa: Isa) -> None:
+    def __init__(self, spec: IgemmSpec, dot: ByteDot, isa: Isa, tile: tuple[int, int, int]) -> None:
         self.spec = spec
+        self.tile = tile
         self.dot = dot
         self.isa = isa
         self.feed, self.plus = signed_feed(spec)
@@ -165,10 +176,9 @@ class _Generator:
     def _dot_products(self) -> None:
         """Register tiles of dot products in parallel."""
         spec, rows = self.spec, self.rows
-        few = min(MOST_TILES, spec.group_tiles) if spec.groups == 1 else 1
         # An image has as many rows as pixels, however many images there are.
         ahead = ahead_of([self.packed])
-        row_tasks(rows.count, tile_shape(spec, self.dot), few, spec.tiles, self._tile, rows.least, ahead)
+        row_tasks(rows.count, self.tile[:2], self.tile[2], spec.tiles, self._tile, rows.least, ahead)
 
     def _tile(self, row: Expr, rows: int, first: Expr, tiles: int) -> None:
         """One register tile from its bias to its results in memory."""

@@ -162,6 +162,7 @@ def _facts(node: ir.Node, contraction: Contraction, rule: str, declined: list[di
         "activation": contraction.activation,
         "x_shape": [dim if isinstance(dim, int) else str(dim) for dim in contraction.x_shape],
         "out_shape": [dim if isinstance(dim, int) else str(dim) for dim in contraction.out_shape],
+        "result": contraction.out_dtype,
         "rule": rule,
         "declined": declined,
         "conv": None if contraction.conv is None else asdict(contraction.conv),

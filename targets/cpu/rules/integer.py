@@ -30,7 +30,7 @@ from kbitc.targets.kernels.idepthwise import (
     pack_taps,
     places,
 )
-from kbitc.targets.kernels.igemm import IgemmSpec, make_igemm
+from kbitc.targets.kernels.igemm import IgemmSpec, few_tiles, make_igemm, tile_shape
 from kbitc.targets.kernels.isa import isa_of
 from kbitc.targets.kernels.requantize import MOST_SUM, WHOLE, Epilogue, arrays, channel_places, epilogue_of
 from kbitc.targets.kernels.rows import ConvRows, unknown_size
@@ -58,7 +58,10 @@ class CodeProduct:
         isa = isa_of(ctx.target)
         weight, spec, dot = _prepared(contraction, ctx.target)
         name = f"integer_{contraction.kind}"
-        func = cached(ctx, (name, repr(spec), isa.name, dot.chain), lambda: make_igemm(spec, dot, isa, name))
+        found = ctx.target.schedule
+        tile = None if found is None else (found.rows, found.tiles, found.few_tiles)
+        key = (name, repr(spec), isa.name, dot.chain, tile)
+        func = cached(ctx, key, lambda: make_igemm(spec, dot, isa, name, tile))
         x = _bordered(ctx, contraction, inputs[0]) if spec.flat else inputs[0]
         given = [x, *_parameters(ctx, contraction, weight, spec, dot)]
         given += inputs[:1] if spec.flat and unknown_size(spec.rows.source_shape) else []
@@ -259,6 +262,12 @@ def _prepared(contraction: Contraction, target: Target) -> tuple[LevelTensor, Ig
         flat=conv is not None and any(conv.pads),
     )
     return weight, spec, dot
+
+
+def usual_tile(contraction: Contraction, target: Target) -> tuple[int, int, int]:
+    """Rows and 16-channel tiles of the register tile of a `CodeProduct`, and tiles of that of one row."""
+    weight, spec = _prepared(contraction)
+    return (*tile_shape(spec, byte_dot_of(target.dot, weight.grid_levels())), few_tiles(spec))
 
 
 def _parameters(

@@ -114,7 +114,8 @@ def _rows(spec: QuantizeSpec, args: _Arguments, lead: tuple[Dim, ...], out: tupl
         height, across = lead[1], lead[2]
         line = v.bind(row // out[2])
         px, py = v.bind(row % out[2] - left), v.bind(line % out[1] - top)
-        source = v.bind(((line // out[1]) * height + py) * across + px)
+        # Held: with open sizes TVM's simplifier would walk the quotients once for every use of a code, for minutes.
+        source = v.held_index(((line // out[1]) * height + py) * across + px)
         inside = tirx.all(px >= v.i64(0), px < v.i64(across), py >= v.i64(0), py < v.i64(height))
         v.when(inside, lambda: _row(spec, args, source, row), lambda: _border(spec, args, row))
 

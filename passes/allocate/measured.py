@@ -179,7 +179,7 @@ class _Probe:
         ends = self._behind(name)
         if not ends or name not in self._makers:
             return []
-        tail = Session(only(self._part, ends, around))
+        tail = Session(only(self._part, ends, [other for other in around if other in self._makers]))
         computed = [other for other in around if other in tail.inputs]
         totals = np.zeros(len(every))
         batches = self._walk.run(self._part, computed, self._makers[name])

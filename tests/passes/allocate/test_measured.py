@@ -55,9 +55,9 @@ DEPTH = 12
 
 
 def deep() -> tuple[ir.Model, dict[str, Array]]:
-    """Layers of one size one behind the other, each read again by the one after the next; and a sample."""
+    """Layers of one size one behind the other, around which their inputs are added; and a sample."""
     rng = np.random.default_rng(0)
-    steps = [f"h{i} = Relu(x{i})  p{i} = MatMul(h{i}, w{i})  x{i + 1} = Add(p{i}, h{i})" for i in range(DEPTH)]
+    steps = [f"h{i} = Relu(x{i})  p{i} = MatMul(h{i}, w{i})  x{i + 1} = Add(p{i}, x{i})" for i in range(DEPTH)]
     text = f"agraph (float[64, 8] x0) => (float[64, 8] y) {{ {'  '.join(steps)}  y = Neg(x{DEPTH}) }}"
     weights = {f"w{i}": rng.normal(0, 0.2, (8, 8)).astype(np.float32) for i in range(DEPTH)}
     made = model(text, weights)

@@ -23,7 +23,8 @@ from kbitc.targets.memory.place import extent_function, place_function, rounded
 from kbitc.targets.memory.sizes import Sizes
 
 ALLOCATE, KILL, RESHAPE = "relax.builtin.alloc_tensor", "relax.memory.kill_tensor", "relax.reshape"
-# Symbolic dims for which layouts are made and compared: all alike, and one of them against the others.
+# Symbolic dims for which layouts are made and compared: all alike, and one of them against the others (one sample, one
+# token, many tokens, a line of text as OCR models read it). They decide which layouts there are, not what is right.
 TRIED = (4, 32, 128, 512)
 AGAINST = ((1, 64), (1, 512), (512, 32), (48, 320))
 

@@ -266,8 +266,8 @@ def _prepared(contraction: Contraction, target: Target) -> tuple[LevelTensor, Ig
 
 def usual_tile(contraction: Contraction, target: Target) -> tuple[int, int, int]:
     """Rows and 16-channel tiles of the register tile of a `CodeProduct`, and tiles of that of one row."""
-    weight, spec = _prepared(contraction)
-    return (*tile_shape(spec, byte_dot_of(target.dot, weight.grid_levels())), few_tiles(spec))
+    _, spec, dot = _prepared(contraction, target)
+    return (*tile_shape(spec, dot), few_tiles(spec))
 
 
 def _parameters(

@@ -77,8 +77,11 @@ class LayerTimes:
         return statistics.median(self.seconds)
 
     def slower_than(self, other: LayerTimes) -> bool:
-        """Whether this layer takes longer in at least three quarters of the runs than the other in half of its."""
-        return sorted(self.seconds)[len(self.seconds) // 4] > other.median
+        """Whether this layer takes longer in at least three quarters of the runs than the other in half of its.
+
+        Nothing is, where the clock did not see the other.
+        """
+        return sorted(self.seconds)[len(self.seconds) // 4] > other.median > 0
 
 
 class Watcher:

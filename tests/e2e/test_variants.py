@@ -75,14 +75,14 @@ def test_variants_and_thread_counts_give_equal_integers_and_floats(
 
 
 def test_weights_are_stored_once_unless_they_differ(bundle: Path) -> None:
-    """Only integer graphs have weights by the width of registers: depthwise taps, and constants of requantizing."""
+    """Only integer graphs have weights by the width of registers: depthwise taps and their biases."""
     manifest = manifest_of(bundle)
     assert [item.name for item in manifest.variants] == list(reversed(NAMES))
     stored = [item.tensor for item in manifest.parameters]
     assert len(stored) == len(set(stored))
     static = manifest.provenance["options"]["activation"] == "uint8"
     differ = {name.partition("@")[0].rpartition(".")[2] for name in stored if "@" in name}
-    assert differ == ({"levels", "bias", "addend"} if static else set())
+    assert differ == ({"levels", "bias"} if static else set())
 
 
 def test_variants_with_the_same_kernels_share_a_library(bundle: Path) -> None:

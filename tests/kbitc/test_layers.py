@@ -141,6 +141,13 @@ def test_a_quantized_layer_that_is_slower_is_named(seconds: list[float], scheme:
     assert (row["warning"] is not None) is warns
 
 
+def test_nothing_is_slower_than_what_the_clock_did_not_see() -> None:
+    """On a busy machine a kernel of a microsecond can be given none."""
+    layer, base = LayerTimes("n", "r", True, [1e-6] * 4), LayerTimes("n", "f", True, [0.0] * 4)
+    (row,) = layer_rows([layer], [base], None, {"layers": [{"name": "n", "weight": "int4:b32"}]})
+    assert row["float_milliseconds"] == 0 and row["warning"] is None
+
+
 def test_the_command_prints_every_layer(model: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["bench", str(bundle), "--layers", "--against", str(model), "--rounds", "2"]
     assert _guarded([*given, "--json"]) == 0

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-_OPERATORS = {
-    "Add": operator.add,
-    "Sub": operator.sub,
-    "Mul": operator.mul,
-    "FloorDiv": operator.floordiv,
-    "FloorMod": operator.mod,
+
+def _truncated(a: int, b: int) -> int:
+    """The quotient without its fraction, as C divides."""
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+# What a size may be made of, beside numbers, symbols and casts: of ints, and what tirx calls the same of expressions.
+_OPERATORS: dict[str, tuple[Callable[[int, int], int], str]] = {
+    "Add": (operator.add, ""),
+    "Sub": (operator.sub, ""),
+    "Mul": (operator.mul, ""),
+    "FloorDiv": (operator.floordiv, "floordiv"),
+    "FloorMod": (operator.mod, "floormod"),
+    "Div": (_truncated, "truncdiv"),
+    "Mod": (lambda a, b: a - b * _truncated(a, b), "truncmod"),
+    "Min": (min, "min"),
+    "Max": (max, "max"),
 }
 # Bytes; as TVM's own allocations. All sizes here are multiples of it, so that sums of them are offsets.
 ALIGNMENT = 64
@@ -30,8 +41,8 @@ class Sizes:
         self.expressions: list[Any] = []
         self.symbols: list[Any] = []
 
-    def place(self, shape: Sequence[Any], itemsize: int) -> int:
-        """The place of a tensor's size; its dims are ints or int64 tvm expressions.
+    def place(self, shape: Sequence[Any], itemsize: int) -> int | None:
+        """The place of a tensor's size; its dims are ints or int64 tvm expressions. None for one of other operators.
 
         Where a dim such as (h - 1) // 2 is negative there is no such tensor: it counts as 0.
         """
@@ -39,6 +50,8 @@ class Sizes:
 
         from kbitc.targets.lower import dims
 
+        if not all(map(_is_known, shape)):
+            return None
         size = functools.reduce(lambda a, b: a * b, map(_not_negative, shape), itemsize)
         size = (size + (ALIGNMENT - 1)) // ALIGNMENT * ALIGNMENT
         for place, known in enumerate(self.expressions):
@@ -81,10 +94,18 @@ def _replaced(expression: Any, pairs: Sequence[tuple[Any, Any]]) -> Any:
     if isinstance(expression, tirx.Cast):
         return _replaced(expression.value, pairs)
     a, b = _replaced(expression.a, pairs), _replaced(expression.b, pairs)
-    if isinstance(expression, tirx.Min | tirx.Max):
-        smaller, larger = (min, max) if isinstance(a, int) and isinstance(b, int) else (tirx.min, tirx.max)
-        return smaller(a, b) if isinstance(expression, tirx.Min) else larger(a, b)
-    return _OPERATORS[type(expression).__name__](a, b)
+    of_ints, name = _OPERATORS[type(expression).__name__]
+    return of_ints(a, b) if not name or (isinstance(a, int) and isinstance(b, int)) else getattr(tirx, name)(a, b)
+
+
+def _is_known(size: Any) -> bool:
+    from tvm import tirx
+
+    if isinstance(size, int | tirx.IntImm | tirx.Var):
+        return True
+    if isinstance(size, tirx.Cast):
+        return _is_known(size.value)
+    return type(size).__name__ in _OPERATORS and _is_known(size.a) and _is_known(size.b)
 
 
 def _not_negative(dim: Any) -> Any:

@@ -18,6 +18,7 @@ SHAPES = {
     "plain": [N, 4, M],
     "halves": [HALF, 64, tirx.floordiv(HALF + 1, 2)],
     "negative for small dims": [1, tirx.floordiv(N - 1, 2), tirx.floordiv(M - 1, 2), 12],
+    "as C divides": [tirx.truncdiv(N - 5, 2), tirx.truncmod(M - 5, 3), tirx.truncdiv(N - 5, 2) + 3, 2],
     "ends": [tirx.min(M - 5, N - 3), tirx.max(N, M * 2), tirx.floormod(N, 3)],
 }
 
@@ -39,6 +40,10 @@ def test_a_size_is_the_bytes_rounded_up(shape: list[Any]) -> None:
         assert sizes.at_dims(dims)[place] == -(-wanted // ALIGNMENT) * ALIGNMENT
         numbers = [tirx.const(dims[symbol.name], "int64") for symbol in sizes.symbols]
         assert value(sizes.over(numbers)[place], n, m) == sizes.at_dims(dims)[place]
+
+
+def test_other_operators_have_no_place() -> None:
+    assert Sizes().place([4, tirx.Select(N > M, N, M)], 4) is None
 
 
 def test_equal_sizes_have_one_place() -> None:

@@ -76,7 +76,7 @@ def numbers(case: Case, bits: int) -> Numbers:
 
 def ours(case: Case, made: Numbers, bits: int, target: Any) -> Callable[[], Any]:
     """The kernel of the target's first rule."""
-    from kbitc.graph.integer_functions import fixed_point
+    from kbitc.graph.integer_functions import code_factor
     from kbitc.quant.levels import LevelTensor, of_levels
     from kbitc.targets.lower.contraction import Contraction, ConvAttributes, Requantization
 
@@ -85,7 +85,7 @@ def ours(case: Case, made: Numbers, bits: int, target: Any) -> Callable[[], Any]
     half = 2 ** (bits - 1)
     packed = LevelTensor((view.astype(np.int16) + half).astype(np.uint8), bits, tuple(range(-half, half)))
     ratios = made.scales.astype(np.float64) * float(SCALE_IN) / float(made.scale_out)
-    fixed = np.array([fixed_point(float(ratio)) for ratio in ratios], np.int32)
+    fixed = np.array([code_factor(float(ratio)) for ratio in ratios], np.int32)
     pad = taps // 2
     out = (size + 2 * pad - taps) // stride + 1
     what = Contraction(

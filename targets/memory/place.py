@@ -26,12 +26,14 @@ class _Placed:
 
     Attributes:
         steps: statements.
+        sizes: bytes by place.
         offsets: for each layout those of all values.
         extent: bytes of the arena in the layout that is taken.
         taken: which one.
     """
 
     steps: list[Any]
+    sizes: list[Any]
     offsets: list[list[Any]]
     extent: Any
     taken: Any
@@ -45,7 +47,8 @@ def extent_function(layouts: Sequence[Layout], values: Sequence[Value], rooms: S
     placed = _placed(layouts, values, rooms, sizes.over(given))
     # TVM asks of a tensor that it fits in its storage, wherever it is moved.
     elsewhere = {values[i].size for layout in layouts for i, room in enumerate(layout.rooms) if room != ARENA}
-    extent = _largest([placed.extent, *(sizes.over(given)[size] for size in sorted(elsewhere))])
+    most = _largest([placed.extent, *(placed.sizes[size] for size in sorted(elsewhere))])
+    extent = _bound(placed.steps, "most", most)
     if isinstance(extent, int):
         return rounded(extent).value
     function = tirx.PrimFunc(
@@ -125,16 +128,22 @@ def _placed(layouts: Sequence[Layout], values: Sequence[Value], rooms: Sequence[
             _bound(steps, f"{name}_{index}", tirx.Select(better, _expression(new), _expression(old)))
             for name, new, old in pairs
         )
-    return _Placed(steps, offsets, least, taken)
+    return _Placed(steps, bytes_of, offsets, least, taken)
 
 
 def _bound(steps: list[Any], name: str, value: Any) -> Any:
-    """An int as it is; a variable of any other value."""
+    """An int as it is; a variable of any other value.
+
+    Behind llvm.expect, called as if it had effects, TVM does not see what a variable is. Else it puts expressions in
+    the place of variables, which double from step to step: networks of many values took minutes.
+    """
     from tvm import tirx
 
     if isinstance(value, int | tirx.IntImm | tirx.Var):
         return int(value.value) if isinstance(value, tirx.IntImm) else value
     var = tirx.Var(name, value.ty)
+    if str(value.ty.dtype) == "int64":
+        value = tirx.call_llvm_intrin("int64", "llvm.expect", value, tirx.const(0, "int64"))
     steps.append(tirx.Bind(var, value))
     return var
 
